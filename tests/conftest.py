@@ -1,4 +1,4 @@
-"""Shared by every room: small images, a trained small net, and its artifacts, made once."""
+"""Fixtures for all tests: small images, a trained small net, and its artifacts."""
 
 from __future__ import annotations
 
@@ -79,6 +79,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tints: str) -> Path:
     arguments = ["--model", "resnet8", "--data", tints, "--epochs", "4", "--out", str(out)]
     assert main(["train", *arguments]) == 0
     return out
+
+
+@pytest.fixture
+def copied(engines: Path, tmp_path: Path) -> Path:
+    """Return a copy of `engines`, which a test may change."""
+    return shutil.copytree(engines, tmp_path / "engines")
 
 
 @pytest.fixture(scope="session")

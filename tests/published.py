@@ -1,4 +1,4 @@
-"""Small nets as ONNX files with sidecars, for the tests of the builder and of the runtime."""
+"""Small nets as ONNX files with sidecars, for tests of the builder and the runtime."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dockerfiles and GitHub workflows, read by their linters; what an image is built from suffices."""
+"""Dockerfiles and GitHub workflows: linters, and files that an image is built from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What people read: commands print what is shown, examples run, links and options are right."""
+"""Documentation: printed output, examples, links, options, docstrings and plain language."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an extra installs: only what pip can fetch from PyPI, and all that its commands need."""
+"""Extras install only packages from PyPI, and all that their commands need."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `pytest -m gpu` consists of, checked where there is no GPU."""
+"""The tests of `pytest -m gpu`, collected without a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Install the wheel without extras, and resolve its extras for machines that are not here."""
+"""Install the wheel without extras, and resolve its extras for other machines."""
 
 from __future__ import annotations
 

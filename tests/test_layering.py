@@ -1,4 +1,4 @@
-"""Who may import whom. The table of the design, held by reading the imports."""
+"""Import rules between packages: the table of docs/architecture.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The builder and the runtime, run with the API of each real TensorRT module.
+"""The builder and the runtime, checked against the API of each real TensorRT module.
 
 `Restricted` wraps a module and its objects. It has only the names that the real module has, and
 checks every call against the real signatures. What runs inside is TensorRT-RTX (builder) or the

@@ -1,4 +1,4 @@
-"""A ResNet-8 on 32 pixels as ONNX in three precisions, and under names that say nothing."""
+"""ONNX files of a ResNet-8 in three precisions, also under neutral names."""
 
 from __future__ import annotations
 

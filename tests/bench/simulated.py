@@ -1,4 +1,4 @@
-"""A clock for tests: it moves when somebody serves or sleeps, and only then."""
+"""A simulated clock: it advances only if a server or a sleep advances it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each check, held against a backend that is right and one that is wrong in just its way."""
+"""Consistency checks, with correct backends and backends that are wrong in one way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Open and closed loops on a simulated clock, held against theory."""
+"""Open and closed loops on a simulated clock, compared with queueing theory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loads on a clock of their own: a second of it takes no time, and every figure is exact."""
+"""Workloads on a simulated clock, where every figure is exact."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ONNX files with sidecars in three precisions, and one real plan, made once."""
+"""ONNX files with sidecars in three precisions, and one real plan."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""BF16 files, built for real."""
+"""Real builds of BF16 files."""
 
 from __future__ import annotations
 

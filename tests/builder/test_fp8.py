@@ -1,4 +1,4 @@
-"""FP8 files, built for real."""
+"""Real builds of FP8 files."""
 
 from __future__ import annotations
 

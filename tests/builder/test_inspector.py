@@ -1,4 +1,4 @@
-"""The engine inspector's JSON, in the forms that NVIDIA documents and that public engines have."""
+"""Parsing of the engine inspector's JSON, as NVIDIA documents it and public engines have it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A real process, a real SIGINT, a build that is under way."""
+"""Interruption of a running build by SIGINT, in a real process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ONNX files of other tools: `adopt` states once what they do not say."""
+"""`rtresnet adopt`: sidecars for ONNX files of other tools."""
 
 from __future__ import annotations
 

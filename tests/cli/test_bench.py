@@ -1,4 +1,4 @@
-"""`rtresnet bench` for real, on the small trained net: every scenario, search and gate."""
+"""`rtresnet bench` on the small trained net: scenarios, searches and baselines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`export --bf16`, `quantize --bf16`, and what the other commands make of the file."""
+"""`export --bf16`, `quantize --bf16`, and the other commands with a BF16 file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`rtresnet check` as a person meets it, with backends that are sound and that are not."""
+"""`rtresnet check`, with correct and wrong backends."""
 
 from __future__ import annotations
 
@@ -24,12 +24,6 @@ from rtresnet.runtime.ort import OrtBackend  # noqa: E402
 from tests.conftest import as_foreign  # noqa: E402
 
 Infer = Callable[..., Any]
-
-
-@pytest.fixture
-def copied(engines: Path, tmp_path: Path) -> Path:
-    """Artifacts that a test may break."""
-    return shutil.copytree(engines, tmp_path / "engines")
 
 
 @pytest.fixture

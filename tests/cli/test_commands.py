@@ -1,4 +1,4 @@
-"""Every verb, for real, on the small trained net."""
+"""Every command on the small trained net."""
 
 from __future__ import annotations
 

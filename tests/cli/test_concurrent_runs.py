@@ -1,4 +1,4 @@
-"""Two commands at once on one output folder, as real processes."""
+"""Two processes that use one output folder at the same time."""
 
 from __future__ import annotations
 

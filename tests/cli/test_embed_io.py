@@ -1,4 +1,4 @@
-"""`--input uint8-nhwc` and `--topk K` the whole way, on the small trained net, for real."""
+"""`--input uint8-nhwc` and `--topk K` from export to evaluation, on the small trained net."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A user's mistake is one line on standard error, with the way out, and the right exit code."""
+"""A user's mistake gives one line on standard error, with a fix, and the right exit code."""
 
 from __future__ import annotations
 
@@ -72,12 +72,6 @@ def test_usage_errors_are_exit_code_2(
     assert main(arguments) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: ") and "--help" in message and message.count("\n") == 1
-
-
-@pytest.fixture
-def copied(engines: Path, tmp_path: Path) -> Path:
-    """Artifacts that a test may break."""
-    return shutil.copytree(engines, tmp_path / "engines")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Files that take one batch size only, as torch.onnx.export writes them by default."""
+"""ONNX files with a fixed batch size, which torch.onnx.export writes by default."""
 
 from __future__ import annotations
 

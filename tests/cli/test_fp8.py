@@ -1,4 +1,4 @@
-"""`quantize --fp8` and what the other commands make of the file."""
+"""`quantize --fp8`, and the other commands with an FP8 file."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""`rtresnet lint` as a person meets it: what it prints, what it writes, how it exits."""
+"""`rtresnet lint`: output, repaired files and exit codes."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +14,6 @@ from rtresnet.cli.main import main
 from rtresnet.core.artifacts import chain, read_sidecar, sidecar_path
 
 pytest.importorskip("onnxruntime")
-
-
-@pytest.fixture
-def copied(engines: Path, tmp_path: Path) -> Path:
-    """Artifacts that a test may break."""
-    return shutil.copytree(engines, tmp_path / "engines")
 
 
 def shifted(source: Path, target: Path, zero: int) -> Path:

@@ -1,10 +1,9 @@
-"""`rtresnet package --triton` as a person meets it."""
+"""`rtresnet package --triton`: output, files and errors."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,6 @@ import pytest
 from rtresnet.cli.main import main
 from rtresnet.core import artifacts
 from rtresnet.core.sidecar import Plan, Profile
-
-
-@pytest.fixture
-def copied(engines: Path, tmp_path: Path) -> Path:
-    """Artifacts that a test may break."""
-    return shutil.copytree(engines, tmp_path / "engines")
 
 
 def publish_plan(source: Path, path: Path, profiles: tuple[Profile, ...]) -> Path:

@@ -1,4 +1,4 @@
-"""`rtresnet package --docker` and `--kserve`: what they write, read by its consumers."""
+"""`rtresnet package --docker` and `--kserve`: the written files, parsed by their consumers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`rtresnet predict`: a few images, a folder into a table, and what stops on the way."""
+"""`rtresnet predict`: single images, tables of a folder, and interrupted runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `quickstart` says next to its table; tests/test_documentation.py runs all of it."""
+"""Notes of `quickstart`; tests/test_documentation.py runs all of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ONNX files without a sidecar: what they take must be stated, and is printed as an assumption."""
+"""ONNX files without a sidecar: stated preprocessing, and printed assumptions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`rtresnet study`, for real, on a tiny set."""
+"""`rtresnet study` on a tiny data set."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What reaches the terminal: nothing that a file made up controls it."""
+"""Control characters from files are escaped on the terminal."""
 
 from __future__ import annotations
 

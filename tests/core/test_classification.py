@@ -1,4 +1,4 @@
-"""Confusion, precision, recall and calibration against counts by hand."""
+"""Confusion, precision, recall and calibration, compared with counts by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Resizing onto a detector's input, and the way back."""
+"""Resizing onto a detector's canvas, and back."""
 
 from __future__ import annotations
 

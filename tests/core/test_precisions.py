@@ -1,4 +1,4 @@
-"""The table of precisions, and the tables that need a row for each of them."""
+"""The table of precisions, and the tables that need a row for each precision."""
 
 from __future__ import annotations
 

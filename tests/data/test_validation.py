@@ -1,4 +1,4 @@
-"""Which images cannot be read, which are the same, which are transparent."""
+"""Unreadable, duplicate and transparent images of a data set."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Average precision against pycocotools, and against curves computed by hand."""
+"""Average precision, compared with pycocotools and curves by hand."""
 
 from __future__ import annotations
 

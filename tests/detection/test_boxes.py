@@ -1,4 +1,4 @@
-"""Box arithmetic against loops and, for RoIAlign, against ONNX Runtime's operator."""
+"""Box arithmetic, compared with loops and ONNX Runtime's RoiAlign."""
 
 from __future__ import annotations
 

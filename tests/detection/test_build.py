@@ -1,4 +1,4 @@
-"""What TensorRT-RTX refuses, named before the build."""
+"""Operators that TensorRT-RTX does not support are reported before the build."""
 
 from __future__ import annotations
 

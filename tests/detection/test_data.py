@@ -1,4 +1,4 @@
-"""Images with boxes: the three readers, and what they refuse."""
+"""Readers of images with boxes, and their errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The annotated images of the package deepforest; its data, not its code.
+"""Detection on the package deepforest's annotated images.
 
 Skipped unless the package is installed, or RTRESNET_DEEPFOREST names the unpacked folder
 deepforest/data of its wheel.

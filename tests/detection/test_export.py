@@ -14,6 +14,7 @@ from rtresnet.core.sidecar import Detection
 from rtresnet.detection import export, parity
 from rtresnet.detection import net as detector
 from rtresnet.models import zoo
+from tests.onnx_outputs import run_model
 
 ort = pytest.importorskip("onnxruntime")
 SPEC = Detection(
@@ -46,13 +47,9 @@ def random_net(name: str = "resnet18", spec: Detection = SPEC, classes: int = 4)
 
 
 def run(model: Any, images: np.ndarray, extent: np.ndarray) -> dict[str, np.ndarray]:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = ort.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    values = session.run(list(detector_preprocess.OUTPUTS), {"images": images, "extent": extent})
-    return dict(zip(detector_preprocess.OUTPUTS, values, strict=True))
+    names = list(detector_preprocess.OUTPUTS)
+    values = run_model(model, {"images": images, "extent": extent}, names)
+    return dict(zip(names, values, strict=True))
 
 
 def assert_same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:

@@ -1,4 +1,4 @@
-"""The detector's net: names, shapes, and what comes out of untrained weights."""
+"""The detector's net: names, shapes, and outputs of untrained weights."""
 
 from __future__ import annotations
 

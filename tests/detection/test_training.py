@@ -1,4 +1,4 @@
-"""Training: targets and samples, and the same bits after a kill."""
+"""Detector training: targets, samples, and bitwise equal results after a kill."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nets whose batch norm has something to fold, made once."""
+"""Nets with non-trivial batch norm statistics."""
 
 from __future__ import annotations
 

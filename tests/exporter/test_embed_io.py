@@ -1,4 +1,4 @@
-"""Ends inside the file, run by ONNX Runtime with its optimizer off, node by node as written."""
+"""Embedded pre- and post-processing, run by ONNX Runtime without optimization."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from rtresnet.core.preprocess import Preprocess
 from rtresnet.exporter import embed_io
 from rtresnet.models.resnet import ResNet
 from rtresnet.quantization import calibrate, half, qdq
+from tests.onnx_outputs import run_model
 
-ort = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxruntime")
 
 Exported = Callable[..., tuple[ResNet, onnx.ModelProto]]
 CONTRACT = Preprocess.for_size(32, mean=(0.1, 0.5, 0.9), std=(0.2, 1.0, 0.05))
@@ -40,14 +41,7 @@ def run(model: onnx.ModelProto, images: np.ndarray, *also: str) -> list[np.ndarr
     watched = onnx.ModelProto()
     watched.CopyFrom(model)
     watched.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in also)
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 3
-    session = ort.InferenceSession(
-        watched.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    output: list[np.ndarray] = session.run(None, {"images": images})
-    return output
+    return run_model(watched, {"images": images}, optimize=False)
 
 
 def forward(model: onnx.ModelProto) -> metrics.Forward:

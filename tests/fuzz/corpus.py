@@ -1,4 +1,4 @@
-"""Small valid files of every kind that the tool reads, made in a few seconds."""
+"""Small valid files of every kind that rtresnet reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Damage to files: bytes for every format, and changes of meaning within JSON, ONNX and others.
+"""Mutations of bytes in every format, and of values in JSON, ONNX and others.
 
 A mutator takes a valid file's bytes and a source of randomness, and returns other bytes.
 """

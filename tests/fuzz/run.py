@@ -1,4 +1,4 @@
-"""Fuzzing of everything that reads files: damaged input must be refused, never crash or hang.
+"""Fuzz everything that reads files: damaged input must be rejected without crash or hang.
 
     python -m tests.fuzz.run --minutes 30            # all targets, in one process each
     python -m tests.fuzz.run --minutes 5 --target onnx --seed 7

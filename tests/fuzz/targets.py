@@ -1,4 +1,4 @@
-"""What is fuzzed: one way of reading one kind of file a line."""
+"""Fuzzing targets: one reader of one kind of file each."""
 
 from __future__ import annotations
 

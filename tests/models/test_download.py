@@ -1,4 +1,4 @@
-"""Published weights by name: the Hugging Face hub, served on the loopback interface."""
+"""Published weights by name: a local server stands in for the Hugging Face hub."""
 
 from __future__ import annotations
 

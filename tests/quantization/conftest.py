@@ -1,4 +1,4 @@
-"""Exported nets and their INT8 form, made once."""
+"""Exported nets and their INT8 form."""
 
 from __future__ import annotations
 

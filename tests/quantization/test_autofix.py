@@ -11,21 +11,16 @@ from rtresnet.quantization import autofix
 from rtresnet.quantization.autofix import Repair, bitwise_equal, fix
 from rtresnet.quantization.lint import lint
 from rtresnet.quantization.lint_rules import Finding
+from tests.onnx_outputs import run_model
 
-onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxruntime")
 
 Exported = Callable[..., onnx.ModelProto]
 Images = Callable[..., np.ndarray]
 
 
 def outputs(model: onnx.ModelProto, batch: np.ndarray) -> np.ndarray:
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    logits: np.ndarray = session.run(["logits"], {"images": batch})[0]
-    return logits
+    return run_model(model, {"images": batch}, ["logits"], optimize=False)[0]
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""BF16 files: what is written, and what ONNX Runtime computes of them on a CPU."""
+"""BF16 files: their types, and their results in ONNX Runtime on a CPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FP8: rounding, placement, calibration, lint, and what ONNX Runtime computes of it."""
+"""FP8: rounding, placement, calibration, lint, and results in ONNX Runtime."""
 
 from __future__ import annotations
 

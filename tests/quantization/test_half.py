@@ -9,19 +9,12 @@ from onnx import TensorProto, numpy_helper
 
 from rtresnet.core.errors import ArtifactError
 from rtresnet.quantization.half import to_half
+from tests.onnx_outputs import run_logits
 
-onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxruntime")
 
 Exported = Callable[..., onnx.ModelProto]
 Images = Callable[..., np.ndarray]
-
-
-def run(model: onnx.ModelProto, batch: np.ndarray) -> np.ndarray:
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), providers=["CPUExecutionProvider"]
-    )
-    logits: np.ndarray = session.run(["logits"], {"images": batch})[0]
-    return logits
 
 
 @pytest.mark.parametrize(("name", "size"), [("resnet8", 32), ("resnet18", 64)])
@@ -46,7 +39,7 @@ def test_input_and_output_stay_float32(exported: Exported, images: Images) -> No
     half = to_half(model)
     assert list(half.graph.input) == list(model.graph.input)
     assert list(half.graph.output) == list(model.graph.output)
-    logits = run(half, images(3, 32))
+    logits = run_logits(half, images(3, 32))
     assert logits.dtype == np.float32 and logits.shape == (3, 10)
 
 
@@ -55,8 +48,10 @@ def test_the_logits_are_near_those_of_fp32_and_rounded(
     name: str, size: int, exported: Exported, images: Images
 ) -> None:
     model, batch = exported(name, size), images(8, size)
-    reference = run(model, batch)
-    error = np.linalg.norm(run(to_half(model), batch) - reference) / np.linalg.norm(reference)
+    reference = run_logits(model, batch)
+    error = np.linalg.norm(run_logits(to_half(model), batch) - reference) / np.linalg.norm(
+        reference
+    )
     assert 1e-5 < error < 5e-3
 
 

@@ -1,4 +1,4 @@
-"""Each rule, with a good file broken in just that way."""
+"""Each lint rule, with a valid file broken in one way."""
 
 from __future__ import annotations
 

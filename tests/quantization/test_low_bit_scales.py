@@ -1,4 +1,4 @@
-"""Scales of few significant bits, and what they are for: sums that are the same in any order."""
+"""Scales of few significant bits, which make sums independent of their order."""
 
 from __future__ import annotations
 

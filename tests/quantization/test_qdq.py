@@ -13,8 +13,9 @@ from onnx import TensorProto, helper, numpy_helper
 from rtresnet.core.errors import ArtifactError
 from rtresnet.quantization.number_formats import quantize_weight, weight_scales
 from rtresnet.quantization.qdq import Use, insert, placement
+from tests.onnx_outputs import run_logits, run_model
 
-onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxruntime")
 
 Exported = Callable[..., onnx.ModelProto]
 Images = Callable[..., np.ndarray]
@@ -59,14 +60,6 @@ class Graph:
 
     def array(self, name: str) -> np.ndarray:
         return np.asarray(numpy_helper.to_array(self.constants[name]))
-
-
-def run(model: onnx.ModelProto, batch: np.ndarray) -> np.ndarray:
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), providers=["CPUExecutionProvider"]
-    )
-    logits: np.ndarray = session.run(["logits"], {"images": batch})[0]
-    return logits
 
 
 def any_scales(model: onnx.ModelProto) -> dict[str, float]:
@@ -279,8 +272,8 @@ def test_int8_logits_are_near_those_of_fp32(
     name: str, size: int, exported: Exported, quantized: Exported, images: Images
 ) -> None:
     batch = images(8, size)
-    reference = run(exported(name, size), batch)
-    error = np.linalg.norm(run(quantized(name, size), batch) - reference)
+    reference = run_logits(exported(name, size), batch)
+    error = np.linalg.norm(run_logits(quantized(name, size), batch) - reference)
     assert 1e-4 < error / np.linalg.norm(reference) < 0.1
 
 
@@ -343,7 +336,7 @@ def test_a_channel_of_next_to_nothing_gets_a_positive_scale(
     stored = Graph(after).array(name)
     assert np.abs(stored[3] * scales[3] - weight[3]).max() <= 0.51 * scales[3]
     assert not stored[3].ravel()[1:].any()
-    assert np.isfinite(run(after, images(2, 32))).all()
+    assert np.isfinite(run_logits(after, images(2, 32))).all()
 
 
 def test_weights_round_half_to_even_and_stop_at_127() -> None:
@@ -376,8 +369,5 @@ def test_weights_are_rounded_as_quantize_linear_rounds() -> None:
         ],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), providers=["CPUExecutionProvider"]
-    )
-    expected = session.run(None, {"w": weight})[0]
+    expected = run_model(model, {"w": weight})[0]
     np.testing.assert_array_equal(quantize_weight(weight, scales), expected)

@@ -1,4 +1,4 @@
-"""Results as the verbs write them, small and made up, and a real browser."""
+"""Small made-up results of the commands, and a real browser."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page of `eval --report`: what it shows of a classifier, in a real browser."""
+"""The page of `eval --report`, in a real browser."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ONNX files with sidecars in three precisions, and a machine with or without a GPU."""
+"""ONNX files with sidecars in three precisions, with or without a fake GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A device and a TensorRT of a few lines, with real memory. Loaded by conftest as `fake_gpu`.
+"""A fake GPU and TensorRT with real memory. Loaded by conftest as `fake_gpu`.
 
 Work on a stream is put off until something waits for it, which is the latest that a device may do
 it; with a seed, some of it is done earlier, in any order that streams and events permit. Whoever

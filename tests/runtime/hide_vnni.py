@@ -1,4 +1,4 @@
-"""Runs a command as on a CPU without AVX-512, VNNI and AMX, on any x86-64 CPU with Linux.
+"""Run a command as on a CPU without AVX-512, VNNI and AMX, on x86-64 Linux.
 
     python tests/runtime/hide_vnni.py python benchmarks/engines.py resnet50
 

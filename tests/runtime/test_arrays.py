@@ -1,4 +1,4 @@
-"""Arrays that a plan takes and returns, on a fake GPU."""
+"""Array types that a plan accepts and returns, on a fake GPU."""
 
 from __future__ import annotations
 

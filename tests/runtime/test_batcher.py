@@ -1,4 +1,4 @@
-"""The batcher's logic, held still by events: no test depends on how fast anything is."""
+"""The batcher, synchronized by events: no test depends on timing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The call path over the real CUDA bindings, on a stub of libcuda: numbers, errors, and its cost.
+"""The call path through the real CUDA bindings, on a stub of libcuda: results, errors and cost.
 
 What the fake device of fake_gpu.py cannot show: that our calls fit the bindings' signatures and
 return values, that a wait releases the GIL, and what `infer` costs. Orders are its matter.

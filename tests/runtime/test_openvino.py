@@ -1,4 +1,4 @@
-"""OpenVINO as a build of ONNX Runtime has it, in a process of its own.
+"""The OpenVINO provider of ONNX Runtime, in a process of its own.
 
 That build replaces onnxruntime, so `make test` installs it into a folder of its own,
 .venv/openvino, and only these tests look there. The plugin comes first where it offers this

@@ -1,4 +1,4 @@
-"""`load` and `Batcher` under 64 threads: right answers, and no growth in memory, threads or files.
+"""`load` and `Batcher` with 64 threads: correct results, and no growth of memory or threads.
 
 RTRESNET_SOAK_SECONDS=600 pytest tests/runtime/test_soak.py    # 10 seconds by default
 """

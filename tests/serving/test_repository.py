@@ -1,4 +1,4 @@
-"""Loading, failing and reloading models: what stays open, and what keeps being watched."""
+"""Loading, failing and reloading models."""
 
 from __future__ import annotations
 

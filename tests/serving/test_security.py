@@ -1,4 +1,4 @@
-"""TLS and tokens of `rtresnet serve`: usable files serve, and others are refused by name."""
+"""TLS and tokens of `rtresnet serve`, with usable and unusable files."""
 
 from __future__ import annotations
 

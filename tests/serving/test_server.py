@@ -1,4 +1,4 @@
-"""`rtresnet serve` as a process, asked by real clients and raw sockets."""
+"""`rtresnet serve` as a process, with real clients and raw sockets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loops that benchmarks/train.py measures train, and what it reports is what was measured."""
+"""The training loops of benchmarks/train.py, and their reported figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Early stopping, skewed data, layer-wise rates, distillation: what they compute, and resume."""
+"""Early stopping, class balance, layer-wise rates and distillation: values, and resume."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run's images: checked, counted and made ready before its first step."""
+"""Checks and preparation of a run's images before its first step."""
 
 from __future__ import annotations
 

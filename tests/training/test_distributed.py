@@ -1,4 +1,4 @@
-"""Real processes: torchrun starts two, which talk through gloo on this machine."""
+"""Distributed training: torchrun with two real processes and gloo."""
 
 from __future__ import annotations
 

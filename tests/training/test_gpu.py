@@ -1,4 +1,4 @@
-"""Training on a GPU: `pytest -m gpu` where there is one."""
+"""Training on a GPU (`pytest -m gpu`)."""
 
 from __future__ import annotations
 

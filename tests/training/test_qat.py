@@ -1,4 +1,4 @@
-"""Fine-tuning for INT8: what is trained is what the exported file computes."""
+"""Quantization-aware fine-tuning: the exported file computes what was trained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Precision of a training step, and fp16 with a scaled loss. The CPU has the scaler as well."""
+"""Precision of a training step, and loss scaling for fp16, which the CPU also supports."""
 
 from __future__ import annotations
 

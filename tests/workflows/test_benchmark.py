@@ -14,23 +14,10 @@ from rtresnet.workflows.benchmark_search import SearchConfig, search_benchmark
 from rtresnet.workflows.estimate import EstimateConfig, estimate
 from rtresnet.workflows.package import package
 from rtresnet.workflows.profile import ProfileConfig, profile
+from tests.reporters import RecordingReporter
 
 pytestmark = pytest.mark.usefixtures("brief_measurements")
 FEW = BenchmarkConfig(batch=(1,), queries=200)
-
-
-class Notes:
-    """A reporter that keeps notes."""
-
-    def __init__(self) -> None:
-        from rtresnet.core import reporter
-
-        self.notes: list[str] = []
-        self.progress = reporter.DEFAULT.progress
-        self.warning = reporter.DEFAULT.warning
-
-    def note(self, line: str) -> None:
-        self.notes.append(line)
 
 
 @pytest.fixture
@@ -84,7 +71,7 @@ def test_benchmark_with_baseline_of_another_device_needs_force(net: str) -> None
 
 
 def test_search_benchmark_of_batches_notes_each_measurement(net: str) -> None:
-    reporter = Notes()
+    reporter = RecordingReporter()
     config = SearchConfig(what="batch", p99_ms=1e4, max_batch=2, seconds=0.05)
     result = search_benchmark([net], config, reporter=reporter)
     (entry,) = result.searches

@@ -1,4 +1,4 @@
-"""What a data set contains, from Python and on the command line."""
+"""Reports on data sets, from Python and on the command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A detector through the steps: train, load, evaluate, detect."""
+"""A detector from training to evaluation and prediction."""
 
 from __future__ import annotations
 

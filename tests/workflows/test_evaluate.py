@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -13,52 +11,20 @@ from PIL import Image
 
 from rtresnet.core import artifacts
 from rtresnet.core.errors import DataError, InputError, UnknownNameError
-from rtresnet.core.reporter import Update
 from rtresnet.core.serialization import to_builtins
 from rtresnet.core.sidecar import accuracies
 from rtresnet.workflows.compare import CompareConfig, compare
 from rtresnet.workflows.evaluate import EvaluateConfig, evaluate, record_accuracy
 from rtresnet.workflows.loading import RuntimeConfig
 from rtresnet.workflows.quantize import QuantizeConfig, quantize
+from tests.reporters import RecordingReporter
 from tests.workflows.labelled import TINTS, folders, with_classes
-
-
-class Recorder:
-    """A reporter that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-        self.completed: list[float] = []
-
-    @contextmanager
-    def progress(self, description: str, total: float | None = None) -> Iterator[Update]:
-        def update(
-            completed: float | None = None,
-            description: str | None = None,
-            total: float | None = None,
-        ) -> None:
-            if completed is not None:
-                self.completed.append(completed)
-
-        yield update
-
-    def note(self, line: str) -> None:
-        self.notes.append(line)
-
-    def warning(self, title: str, body: str) -> None:
-        raise AssertionError(title)
-
-
-@pytest.fixture
-def copied(engines: Path, tmp_path: Path) -> Path:
-    """Artifacts that a test may change."""
-    return shutil.copytree(engines, tmp_path / "engines")
 
 
 def test_evaluate_one_path_gives_counts_and_writes_nothing(
     copied: Path, tints: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    path, reporter = copied / "resnet8.onnx", Recorder()
+    path, reporter = copied / "resnet8.onnx", RecordingReporter()
     before = artifacts.read_sidecar(path)
     result = evaluate(path, tints, reporter=reporter)
     assert result.n == 240 and result.top1 > 200 and result.top5 is None
@@ -107,7 +73,7 @@ def test_record_accuracy_of_other_preprocessing_is_refused_only_if_required(
 ) -> None:
     path = copied / "resnet8.onnx"
     result = evaluate(path, tints, EvaluateConfig(resize=40))
-    before, reporter = artifacts.read_sidecar(path), Recorder()
+    before, reporter = artifacts.read_sidecar(path), RecordingReporter()
     record_accuracy(result, reporter=reporter)
     assert artifacts.read_sidecar(path) == before and len(reporter.notes) == 1
     with pytest.raises(InputError) as error:
@@ -116,7 +82,7 @@ def test_record_accuracy_of_other_preprocessing_is_refused_only_if_required(
 
 
 def test_record_accuracy_without_a_sidecar_is_noted_or_refused(copied: Path, tints: str) -> None:
-    path, reporter = copied / "resnet8.onnx", Recorder()
+    path, reporter = copied / "resnet8.onnx", RecordingReporter()
     artifacts.sidecar_path(path).unlink()
     result = evaluate(path, tints)
     record_accuracy(result, reporter=reporter)
@@ -269,7 +235,7 @@ def test_evaluate_broken_image_is_left_out_for_every_member_and_reported_once(
             pixels = np.full((40, 48, 3), 60 * int(label), np.uint8)
             Image.fromarray(pixels).save(tmp_path / "data" / label / f"{index}.png")
     (tmp_path / "data" / "1" / "7.png").write_bytes(b"not an image")
-    reporter = Recorder()
+    reporter = RecordingReporter()
     result = evaluate([best, engines / "resnet8.onnx"], str(tmp_path / "data"), reporter=reporter)
     assert [entry.n for entry in (*result.members, result)] == [119] * 3
     (note,) = reporter.notes

@@ -1,4 +1,4 @@
-"""Preprocessing that a person states."""
+"""Preprocessing stated by the user."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Predictions from Python: a few images, a table, and answers that are not what they should be."""
+"""Predictions from Python: images, tables, and invalid outputs."""
 
 from __future__ import annotations
 

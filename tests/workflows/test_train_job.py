@@ -7,24 +7,16 @@ import numpy as np
 import pytest
 
 from rtresnet.core.errors import InputError
-from rtresnet.core.reporter import LogReporter
 from rtresnet.workflows import train_job
 from rtresnet.workflows.input_spec import InputConfig
 from rtresnet.workflows.train_job import TrainConfig, new_job
+from tests.reporters import RecordingReporter
 
 pytest.importorskip("torch")
 
 
-class Notes(LogReporter):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, line: str) -> None:
-        self.notes.append(line)
-
-
 def folder_of_images(root: Path, sides: list[tuple[int, int]], *, test: bool = False) -> str:
-    """Write JPEGs of random pixels, as (width, height), in turn into two classes."""
+    """Write JPEGs of random pixels, as (width, height), alternately into two classes."""
     from PIL import Image
 
     rng = np.random.default_rng(0)
@@ -52,7 +44,7 @@ def folder_of_images(root: Path, sides: list[tuple[int, int]], *, test: bool = F
 def test_new_job_without_a_model_takes_the_net_for_the_size_of_the_images(
     sides: list[tuple[int, int]], size: int | None, net: str, pixels: int, tmp_path: Path
 ) -> None:
-    reporter = Notes()
+    reporter = RecordingReporter()
     config = TrainConfig(data=folder_of_images(tmp_path, sides))
     job = new_job(tmp_path, config, InputConfig(size=size), reporter)
     assert (job.spec.name, job.preprocess.size) == (net, pixels)
@@ -63,7 +55,7 @@ def test_new_job_without_a_model_takes_the_net_for_the_size_of_the_images(
 def test_new_job_with_a_model_or_weights_does_not_choose_the_net(
     tmp_path: Path, trained: Path
 ) -> None:
-    reporter = Notes()
+    reporter = RecordingReporter()
     data = folder_of_images(tmp_path, [(100, 100)] * 24)
     named = new_job(tmp_path, TrainConfig(data=data, model="resnet34"), InputConfig(), reporter)
     started = TrainConfig(data=data, weights=str(trained / "best.pt"))
@@ -73,7 +65,7 @@ def test_new_job_with_a_model_or_weights_does_not_choose_the_net(
 
 
 def test_new_job_on_a_named_set_takes_resnet20_without_a_note(tmp_path: Path) -> None:
-    reporter = Notes()
+    reporter = RecordingReporter()
     job = new_job(tmp_path, TrainConfig(data="synthetic:100"), InputConfig(), reporter)
     assert job.spec.name == "resnet20" and not reporter.notes
 

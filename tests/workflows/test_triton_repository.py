@@ -1,4 +1,4 @@
-"""The repository as Triton would read it, held against its own schema where that is at hand."""
+"""Triton model repositories, checked with Triton's own schema if it is installed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a command does once: read a file, and enter a package of the library."""
+"""Each command reads every file once, and enters every package at most once."""
 
 from __future__ import annotations
 
