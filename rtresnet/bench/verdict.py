@@ -210,9 +210,8 @@ def config_diff(now: Mapping[str, Any], then: Mapping[str, Any]) -> list[str]:
     }
     loads = [entry.get("load") or {} for entry in both]
     pairs |= {name: [load.get(name) for load in loads] for name in LOAD}
-    if None not in (
-        waits := [load.get("max_wait_ms") for load in loads]
-    ):  # earlier files have none
+    waits = [load.get("max_wait_ms") for load in loads]
+    if None not in waits:  # earlier files have none
         pairs["max_wait_ms"] = waits
     return [f"{name}: {_words(a)}, was {_words(b)}" for name, (a, b) in pairs.items() if a != b]
 

@@ -250,8 +250,8 @@ def _default_net(source: Source, size: int | None, reporter: Reporter) -> str:
             sides.append(min(source.image(index, SMALL_IMAGE + 1).shape[:2]))
     large = bool(sides) and statistics.median(sides) > SMALL_IMAGE
     net = LARGE_DEFAULT if large else SMALL_DEFAULT
-    compared = f"{'more than' if large else 'at most'} {SMALL_IMAGE} pixels"
-    reason = f"the images have {compared}" if size is None else f"--size {size} is {compared}"
+    subject = "the shorter side of the images" if size is None else f"--size {size}"
+    reason = f"{subject} is {'above' if large else 'at most'} {SMALL_IMAGE} pixels"
     reporter.note(f"net: {net}, because {reason}; choose another with --model")
     return net
 
