@@ -61,7 +61,7 @@ def quantize_detector(
         CheckFailedError: INT8 loses more average precision than `config` allows.
     """
     from rtresnet.onnxlib import metadata
-    from rtresnet.quantization import mixed
+    from rtresnet.quantization import half
 
     if sidecar.precision != "fp32":
         raise InputError(
@@ -72,7 +72,7 @@ def quantize_detector(
     require_options(config)
     calibration, measured = None, Measurements()
     if config.precision == "fp16":
-        result = mixed.to_half_except(model, float_nodes(model))
+        result = half.to_half(model, float_nodes=float_nodes(model))
     else:
         assert scales_path is not None
         result, calibration, measured = _int8(source, model, sidecar, config, scales_path, reporter)
@@ -124,7 +124,7 @@ def _int8(
 ) -> tuple[Any, Calibration, Measurements]:
     import json
 
-    from rtresnet.quantization import calibrate, mixed, qdq
+    from rtresnet.quantization import calibrate, half, qdq
     from rtresnet.quantization.number_formats import FORMATS
 
     number_format = FORMATS[config.precision]
@@ -150,7 +150,7 @@ def _int8(
         }
         quantized = qdq.insert(model, scales, keep, number_format=number_format)
         if config.wide_dtype == "fp16":
-            quantized = mixed.to_half_except(quantized, float_nodes(quantized))
+            quantized = half.to_half(quantized, float_nodes=float_nodes(quantized))
         score, measured = 0.0, Measurements()
         if config.eval_data is not None:
             score, measured = _average_precision(quantized, sidecar, config.eval_data, reporter)

@@ -5,13 +5,13 @@ from collections.abc import Callable
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from rtresnet.core.errors import ArtifactError
 from rtresnet.quantization.half import to_half
 from tests.onnx_outputs import run_logits
 
-pytest.importorskip("onnxruntime")
+onnxruntime = pytest.importorskip("onnxruntime")
 
 Exported = Callable[..., onnx.ModelProto]
 Images = Callable[..., np.ndarray]
@@ -91,3 +91,25 @@ def test_the_largest_half_is_within_the_range(exported: Exported) -> None:
     tensor.CopyFrom(numpy_helper.from_array(np.full(10, 65504, np.float32), tensor.name))
     stored = {t.name: numpy_helper.to_array(t) for t in to_half(model).graph.initializer}
     assert np.isfinite(stored["fc.bias"]).all()
+
+
+def test_to_half_constant_of_several_nodes_is_converted_once() -> None:
+    """Two nodes in FP16 and one in float32 use the same constant."""
+    nodes = [
+        helper.make_node("Add", ["x", "c"], ["a"], name="a"),
+        helper.make_node("Add", ["a", "c"], ["b"], name="b"),
+        helper.make_node("Add", ["b", "c"], ["y"], name="wide"),
+    ]
+    graph = helper.make_graph(
+        nodes, "net", [helper.make_tensor_value_info("x", TensorProto.FLOAT, [4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [4])],
+        [numpy_helper.from_array(np.arange(4, dtype=np.float32), "c")],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    half = to_half(model, float_nodes={"wide"})
+    types = {tensor.name: tensor.data_type for tensor in half.graph.initializer}
+    assert sorted(types.values()) == [TensorProto.FLOAT, TensorProto.FLOAT16]
+    onnx.checker.check_model(half, full_check=True)
+    session = onnxruntime.InferenceSession(half.SerializeToString())
+    x = np.full(4, 0.5, np.float32)
+    assert np.array_equal(session.run(None, {"x": x})[0], x + 3 * np.arange(4))

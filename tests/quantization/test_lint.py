@@ -349,7 +349,7 @@ def test_every_rule_is_tried_here() -> None:
 def test_half_data_with_float_scales_and_no_cast_is_an_error(quantized: Exported) -> None:
     e = Editor(to_half(quantized("resnet8", 32)))
     e.node("relu.q").input[0] = "relu"
-    e.remove("relu.q.float")
+    e.remove("relu.float")
     assert findings_of(e.model) == [("error", "mixed-half", "relu.q")]
 
 
