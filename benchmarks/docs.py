@@ -9,6 +9,7 @@ Every console block, table and example in the documentation comes from here.
 from __future__ import annotations
 
 import argparse
+import base64
 import json
 import re
 import shlex
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +30,10 @@ import rtresnet
 from rtresnet.core.serialization import json_schema
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tests.browser import Browser, wait_for  # noqa: E402
+
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
 TABLES = {"engines table": "engines"}  # marker in the README: file in benchmarks/results
@@ -36,11 +42,11 @@ EXAMPLES = ("pipeline.py", "serve_threads.py")
 BLOCK = re.compile(r"```(console(?: commands)?)\n(.*?)```", re.DOTALL)
 SCREENSHOTS = {
     # name: (page below the session's folder, width, height)
-    "report": ("report.html", 1200, 760),
+    "report": ("report.html", 1200, 830),
     "training": ("runs/resnet20-digits/index.html", 1200, 760),
     "quickstart": ("runs/quickstart/index.html", 1200, 760),
     "evaluation": ("evaluation/index.html", 1200, 1150),
-    "data": ("data/index.html", 1200, 1150),
+    "data": ("data/index.html", 1200, 1400),
 }
 
 
@@ -242,25 +248,70 @@ def as_in_a_terminal(line: str) -> str:
     return "\n".join(textwrap.wrap(line, 80)) if len(line) > 80 else line
 
 
-def screenshot(page: Path, target: Path, width: int, height: int) -> None:
-    """Take a picture of a page with Chromium."""
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
+def chromium() -> str:
+    """Return the path of Chromium."""
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    if path is None:
         raise SystemExit("chromium is not installed: apt-get install chromium")
-    with tempfile.TemporaryDirectory() as profile:
-        subprocess.run(
-            [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
-             "--no-first-run", "--disable-background-networking", "--disable-component-update",
-             "--disable-sync", "--hide-scrollbars", f"--user-data-dir={profile}",
-             f"--window-size={width},{height}", f"--screenshot={target}", page.as_uri()],
-            check=True, capture_output=True,
-        )  # fmt: skip
+    return path
+
+
+def picture(browser: Browser, url: str, width: int, height: int) -> None:
+    """Open a page of this size."""
+    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+    browser.call("Emulation.setDeviceMetricsOverride", **size)
+    browser.call("Page.navigate", url=url)
+    wait_for(lambda: browser.evaluate("document.readyState") == "complete")
+
+
+def save_picture(browser: Browser, name: str) -> None:
+    """Save what the browser shows as a picture of the documentation."""
+    data = browser.call("Page.captureScreenshot", format="png")["data"]
+    (DOCS / "assets" / f"{name}.png").write_bytes(base64.b64decode(data))
+
+
+def show_server(browser: Browser, folder: Path) -> None:
+    """Open the page of a running server, and classify an image on it."""
+    image = folder / "digit.png"
+    with Image.open(folder / "scans" / "03.png") as scan:
+        scan.resize((256, 256), Image.Resampling.NEAREST).save(image)
+    command = [sys.executable, "-m", "rtresnet", "serve", "engines/resnet20-int8.onnx", "--no-grpc"]
+    url = "http://127.0.0.1:8000"
+    server = subprocess.Popen(command, cwd=folder, stderr=subprocess.DEVNULL)
+
+    def answers() -> bool:
+        try:
+            return bool(urllib.request.urlopen(f"{url}/v2/health/ready").status == 200)
+        except OSError:
+            return False
+
+    try:
+        wait_for(answers)
+        for _ in range(200):  # so that the page has a rate and a histogram
+            urllib.request.urlopen(f"{url}/v1/classify", image.read_bytes()).read()
+        picture(browser, url, 1100, 1200)
+        wait_for(lambda: bool(browser.evaluate("document.querySelector('#chain').innerText")))
+        browser.choose_file("#file", image)
+        shown = "document.querySelector('#classes').innerText"
+        wait_for(lambda: "%" in (browser.evaluate(shown) or ""))
+        wait_for(lambda: browser.evaluate("document.querySelector('#total').innerText") == "201")
+        save_picture(browser, "serve")
+    finally:
+        server.terminate()
+        server.wait()
 
 
 def take_screenshots(folder: Path) -> None:
     """Take the documentation's pictures of the pages in a session's folder."""
-    for name, (page, width, height) in SCREENSHOTS.items():
-        screenshot(folder / page, DOCS / "assets" / f"{name}.png", width, height)
+    with tempfile.TemporaryDirectory() as profile:
+        browser = Browser(chromium(), Path(profile))
+        try:
+            for name, (page, width, height) in SCREENSHOTS.items():
+                picture(browser, (folder / page).as_uri(), width, height)
+                save_picture(browser, name)
+            show_server(browser, folder)
+        finally:
+            browser.close()
 
 
 def main() -> None:

@@ -23,7 +23,8 @@ from rtresnet.detection import checkpoint
 from rtresnet.detection.data import open_detection
 from rtresnet.models import checkpoint as files
 from rtresnet.serving.grpc_service import MESSAGES
-from tests.serving.conftest import Server, wait_for
+from tests.browser import wait_for
+from tests.serving.conftest import Server
 from tests.serving.test_page import Browser, browser  # noqa: F401 - a fixture
 
 NAME = "resnet18-detector"

@@ -25,7 +25,8 @@ import rtresnet
 from rtresnet.cli.main import main
 from rtresnet.core.errors import InputError
 from rtresnet.serving.protocol import InferRequest, InferTensor, Parameters, requested
-from tests.serving.conftest import Server, wait_for
+from tests.browser import wait_for
+from tests.serving.conftest import Server
 
 INFER = "/v2/models/resnet8/infer"
 
