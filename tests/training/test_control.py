@@ -250,8 +250,8 @@ def test_advice_rate_above_twice_the_usual_one_is_too_high(batch: int, lr: float
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--batch", "4096"], "has about 216 training images"),
-        (["--set", "batch=100000"], "has about 216 training images"),
+        (["--batch", "4096"], "has 192 training images"),
+        (["--set", "batch=100000"], "has 192 training images"),
         (["--lr", "1e9"], "<=100"),
         (["--set", "lr=1e9"], "at most 100"),
         (["--set", "distill=0.5"], "--teacher"),
