@@ -260,7 +260,7 @@ class OutlierRecord(TypedDict, total=False):
 
 
 class AveragePrecisionRecord(TypedDict, total=False):
-    """Average precision of a detector in %: see `detection.metrics.DetectionAccuracy`."""
+    """Average precision of a detector in %: see `detection.average_precision.DetectionAccuracy`."""
 
     n: int
     objects: int
