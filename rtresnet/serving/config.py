@@ -70,7 +70,7 @@ class ServeConfig(Config):
         if self.queue_limit < self.max_batch:
             raise InputError(
                 f"--queue {self.queue}: a full batch of {self.max_batch} never fits",
-                fix=f"--queue {self.max_batch}, or --max-batch {self.queue}",
+                fix=f"use --queue {self.max_batch}, or --max-batch {self.queue}",
             )
 
     @property

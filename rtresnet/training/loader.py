@@ -85,7 +85,7 @@ def resolve_recipe(
     if settings.get("batch", 0) > images:
         raise InputError(
             f"a batch of {settings['batch']} images: {source.name} has {images} training images",
-            fix=f"--batch {min(images, 64)}",
+            fix=f"use --batch {min(images, 64)}",
         )
     return recipes.resolve(name, images=images, size=size, depth=depth, settings=settings)
 
