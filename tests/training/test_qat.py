@@ -450,11 +450,12 @@ class TestFp8:
         assert record.calibration.kept == ("conv1",)
 
     @pytest.mark.parametrize(
-        ("file", "least", "agreeing"),
-        [("wide.onnx", 45, 0.99), ("engines/resnet8-fp8.onnx", 30, 0.98)],
+        ("file", "margin", "agreeing"),
+        # Between the kernels of the second file is FP16, whose rounding training does not simulate.
+        [("wide.onnx", 15, 0.99), ("engines/resnet8-fp8.onnx", 6, 0.98)],
     )
     def test_the_file_computes_what_was_trained_but_for_borders(
-        self, file: str, least: float, agreeing: float, tuned_fp8: Path
+        self, file: str, margin: float, agreeing: float, tuned_fp8: Path
     ) -> None:
         """Float32 sums in another order move few values over the border between two of FP8."""
         fake = of_checkpoint(tuned_fp8 / "runs/tuned/best.pt")
@@ -464,8 +465,7 @@ class TestFp8:
         with torch.inference_mode():
             tensor = torch.from_numpy(batch)
             trained, plain = fake(tensor).numpy(), fake.net.eval()(tensor).numpy()
-        rounding = noise_ratio(plain, trained)
-        assert noise_ratio(trained, written) > max(least, rounding + 10)
+        assert noise_ratio(trained, written) > noise_ratio(plain, trained) + margin
         assert (trained.argmax(1) == written.argmax(1)).mean() >= agreeing
 
     def test_each_operation_is_the_files_to_the_last_bits(self, tuned_fp8: Path) -> None:
