@@ -260,6 +260,7 @@ def picture(browser: Browser, url: str, width: int, height: int) -> None:
     """Open a page of this size."""
     size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
     browser.call("Emulation.setDeviceMetricsOverride", **size)
+    browser.call("Emulation.setScrollbarsHidden", hidden=True)
     browser.call("Page.navigate", url=url)
     wait_for(lambda: browser.evaluate("document.readyState") == "complete")
 
@@ -277,7 +278,8 @@ def show_server(browser: Browser, folder: Path) -> None:
         scan.resize((256, 256), Image.Resampling.NEAREST).save(image)
     command = [sys.executable, "-m", "rtresnet", "serve", "engines/resnet20-int8.onnx", "--no-grpc"]
     url = "http://127.0.0.1:8000"
-    server = subprocess.Popen(command, cwd=folder, stderr=subprocess.DEVNULL)
+    quiet = subprocess.DEVNULL
+    server = subprocess.Popen(command, cwd=folder, stdout=quiet, stderr=quiet)
 
     def answers() -> bool:
         try:
@@ -289,7 +291,7 @@ def show_server(browser: Browser, folder: Path) -> None:
         wait_for(answers)
         for _ in range(200):  # so that the page has a rate and a histogram
             urllib.request.urlopen(f"{url}/v1/classify", image.read_bytes()).read()
-        picture(browser, url, 1100, 1200)
+        picture(browser, url, 1100, 1120)
         wait_for(lambda: bool(browser.evaluate("document.querySelector('#chain').innerText")))
         browser.choose_file("#file", image)
         shown = "document.querySelector('#classes').innerText"

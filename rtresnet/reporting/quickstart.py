@@ -60,8 +60,8 @@ def table(done: QuickstartResult) -> DataTable:
         ),
         rows=rows,
         about=f"top-1 on {done.evaluations['fp32'].n} test images; agree: same top-1 as the torch "
-        "checkpoint; ms b1: median latency of a batch of 1; speed b8: against FP32 at batch 8, "
-        f"alternately. CPU figures of the ONNX files: {runs[0]}.{''.join(notes)}",
+        "checkpoint; ms b1: median latency of a batch of 1; speed b8: relative to FP32 at batch 8, "
+        f"measured alternately. CPU figures of the ONNX files: {runs[0]}.{''.join(notes)}",
     )  # fmt: skip
 
 
