@@ -92,7 +92,7 @@ def test_new_job_counts_the_images_that_are_left_to_train_on(
     new_job(tmp_path, TrainConfig(batch=images, **options), InputConfig())
     with pytest.raises(InputError, match=f"has {images} training images") as caught:
         new_job(tmp_path, TrainConfig(batch=images + 1, **options), InputConfig())
-    assert caught.value.fix == f"--batch {min(images, 64)}"
+    assert caught.value.fix == f"use --batch {min(images, 64)}"
 
 
 def test_data_form_of_fixed_sets_exists() -> None:
