@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rtresnet.core import gpu_targets, hardware, trt_loading
-from rtresnet.core.errors import InputError, UnavailableError, UnknownNameError
+from rtresnet.core.errors import InputError, UnavailableError, UnknownNameError, nearest
 from rtresnet.core.sidecar import Profile
 
 RTX_TARGETS = tuple(gpu_targets.SERVED)
@@ -37,7 +37,7 @@ def builder(choice: str = "auto") -> Any:
         raise UnknownNameError("builder", choice, ("auto", *BUILDERS))
     choice = _resolved(choice)
     # Without a device, TensorRT ends the process instead of raising.
-    if choice == "tensorrt" and hardware.installed("tensorrt") and not hardware.gpus():
+    if choice == "tensorrt" and not hardware.gpus():
         raise UnavailableError(
             "tensorrt needs a GPU to build for, but this machine has none", fix="use --builder rtx"
         )
@@ -104,15 +104,21 @@ def _target(name: str) -> str:
 
 def _unknown_target(name: str) -> InputError:
     targets = ", ".join(f"{target} ({names})" for target, names in gpu_targets.SERVED.items())
+    near = None if _is_capability(name) else nearest(name, gpu_targets.names())
+    guess = f"did you mean {near!r}? " if near else ""
     return InputError(
-        f"--target {name}: not a known GPU or compute capability", fix=f"known: {targets}"
+        f"--target {name}: not a known GPU or compute capability", fix=f"{guess}known: {targets}"
     )
+
+
+def _is_capability(name: str) -> bool:
+    return name.lower().startswith("sm") or name[0].isdigit()
 
 
 def _require_rtx_target(name: str, target: str) -> None:
     if target in RTX_TARGETS:
         return
-    is_capability = name.lower().startswith("sm") or name[0].isdigit()
+    is_capability = _is_capability(name)
     title = target if is_capability else f"{name} ({target})"
     if gpu_targets.too_old(target):
         raise InputError(
@@ -121,8 +127,10 @@ def _require_rtx_target(name: str, target: str) -> None:
         )
     if target not in gpu_targets.UNSERVED:
         raise _unknown_target(name)
+    if is_capability:
+        title = f"{target} ({gpu_targets.UNSERVED[target]})"
     raise InputError(
-        f"TensorRT-RTX does not support {title} ({gpu_targets.UNSERVED[target]})",
+        f"TensorRT-RTX does not support {title}",
         fix="build on that machine with --builder tensorrt",
     )
 

@@ -89,7 +89,8 @@ def _run(words: list[str]) -> int:
         return exit_request.exit_code
     except click.UsageError as error:
         path = error.ctx.command_path if error.ctx else "rtresnet"
-        return _fail(f"{error.format_message()}; see: {path} --help", 2)
+        message = error.format_message().removesuffix(".")
+        return _fail(f"{message}; see: {path} --help", 2)
     except RtresnetError as error:
         return _fail(str(error), error.exit_code)
     except (BrokenPipeError, SystemExit) as error:

@@ -24,11 +24,16 @@ def require_file(path: str | os.PathLike[str], fix: str | None = None) -> Path:
     """Return the path, if it is a readable, non-empty file.
 
     Raises:
-        InputError: There is no such file; `fix` names the command that creates it.
+        InputError: There is no such file; `fix` names the command that creates it. For a folder of
+            a training run, the fix is its checkpoint.
     """
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path}: no such file", fix=fix)
+    if path.is_dir():
+        best = path / "best.pt"
+        fix = f"use its best checkpoint: {best}" if best.is_file() else fix
+        raise InputError(f"{path}: a folder, not a file", fix=fix)
     if not path.is_file() or not os.access(path, os.R_OK):
         raise InputError(f"{path}: not a readable file", fix=fix)
     if path.stat().st_size == 0:

@@ -19,7 +19,7 @@ import difflib
 import itertools
 from collections.abc import Iterable
 
-FEW = 8  # up to this number, all known names are listed even if one is suggested
+FEW = 16  # up to this number, all known names are listed even if one is suggested
 
 
 class RtresnetError(Exception):

@@ -72,6 +72,11 @@ def target_of(name: str) -> str | None:
     return None
 
 
+def names() -> list[str]:
+    """Return the names of the GPUs and series that TensorRT-RTX builds for."""
+    return [name for listed in SERVED.values() for name in listed.split(", ")]
+
+
 def served_by_rtx(target: str) -> bool:
     """Return whether TensorRT-RTX builds for a compute capability (not for H100, H200: sm_90)."""
     return target in SERVED

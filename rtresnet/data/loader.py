@@ -223,6 +223,9 @@ class Cached(Subset):
                 self.used += image.nbytes
             return self._images.get(index, image)
 
+    def holds(self, index: int, at_least: int | None = None) -> bool:
+        return at_least == self.at_least and index in self._images
+
     def fingerprint(self) -> str:
         return self.source.fingerprint()
 

@@ -211,6 +211,11 @@ class Subset:
     def image(self, index: int, at_least: int | None = None) -> np.ndarray:
         return self.source.image(int(self.chosen[index]), at_least)
 
+    def holds(self, index: int, at_least: int | None = None) -> bool:
+        """Return whether a cache in this or a wrapped source has the pixels of `image`."""
+        inner = self.source
+        return isinstance(inner, Subset) and inner.holds(int(self.chosen[index]), at_least)
+
     def ends(self, index: int) -> FileEnds:
         return self.source.ends(int(self.chosen[index]))
 

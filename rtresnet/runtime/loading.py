@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rtresnet.core import artifacts, atomic_io, hardware
-from rtresnet.core.errors import ArtifactError, InputError, UnknownNameError
+from rtresnet.core.errors import ArtifactError, InputError, UnavailableError, UnknownNameError
 from rtresnet.core.sidecar import Sidecar
 from rtresnet.runtime.backend import Backend
 from rtresnet.runtime.session import Session
@@ -65,6 +65,11 @@ def load(
     kind = artifacts.kind_of(path)
     sidecar = artifacts.verify(path)
     if device == "cuda" and provider == "auto" and kind == "onnx":
+        if not hardware.gpus():
+            raise UnavailableError(
+                f"{path}: --device cuda needs an NVIDIA GPU; this machine has none or no driver",
+                fix="use --device cpu",
+            )
         provider = "cuda"
     if tf32 is not None and provider != "cuda":
         raise InputError(

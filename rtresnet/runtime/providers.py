@@ -178,6 +178,8 @@ def use_provider(
     if provider.ep == OPENVINO_BUILT_IN.ep:
         cpu = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": str(threads)}
         settings["load_config"] = json.dumps({"CPU": cpu})
+    if provider.gpu:
+        _require_gpu(provider)
     if provider.plugin is None:
         if provider.ep not in ort.get_available_providers():
             raise UnavailableError(
@@ -185,14 +187,11 @@ def use_provider(
                 fix=f"pip uninstall -y onnxruntime && pip install '{provider.package}'",
             )
         if provider.gpu:
-            _require_gpu(provider)
             _preload_cuda(ort)
             settings["use_tf32"] = str(int(tf32))
         return [(provider.ep, settings)]
     if not hardware.installed(provider.plugin):
         raise missing_package(provider.package, f"--provider for {provider.title}")
-    if provider.gpu:
-        _require_gpu(provider)
     device = _plugin_device(provider)
     if device is None and provider.gpu:
         raise UnavailableError(

@@ -57,6 +57,9 @@ class Query(msgspec.Struct):
     least_score: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.5
 
 
+QUERY_VALUES = {"top": "a whole number from 1 to 1000", "least_score": "a number from 0 to 1"}
+
+
 class _Request(Request):
     """A request whose body has a largest size."""
 
@@ -192,9 +195,7 @@ class Api:
         """
         began = time.monotonic()
         model = self._model(request)
-        query = protocol.validated(
-            "the query", msgspec.convert, dict(request.query_params), Query, strict=False
-        )
+        query = _query(dict(request.query_params))
         if request.scope["path"] != f"/v1/{model.task}":
             raise InputError(
                 f"{model.name} does not support {request.scope['path']}",
@@ -255,6 +256,20 @@ def _connection(request: Request) -> Any:
     connection = request.state.connection
     connection.flow.resume_reading()
     return connection
+
+
+def _query(values: dict[str, str]) -> Query:
+    """Convert the parameters of a URL.
+
+    Raises:
+        InputError: A value is not a number, or out of range.
+    """
+    try:
+        return msgspec.convert(values, Query, strict=False)
+    except msgspec.ValidationError as error:
+        name = str(error).rpartition("$.")[2].rstrip("`")
+        expected = QUERY_VALUES[name]
+        raise InputError(f"{name} is {values[name][:80]!r}, expected {expected}") from None
 
 
 def _results(

@@ -48,7 +48,7 @@ class EpochRecord(TypedDict):
         skipped: Images ignored because they cannot be decoded.
         waiting: Share of `seconds` in which the net waited for data, in [0, 1].
         decoded_per_core: Photographs that one core decoded and cropped per second in this epoch;
-            None for arrays.
+            None for arrays, and if all photographs were cached.
     """
 
     epoch: int

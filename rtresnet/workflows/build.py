@@ -184,6 +184,7 @@ def build_unlocked(
 
     atomic_io.require_file(source, fix="create it with: rtresnet export")
     chosen = targets.parse(config.targets, config.builder)
+    targets.builder(config.builder)  # before the first line of progress
     described = None
     if artifacts.read_sidecar(source) is None and hardware.installed("onnx"):
         from rtresnet.onnxlib import io, metadata

@@ -59,6 +59,22 @@ def test_an_unknown_target_lists_all_with_their_gpus_and_suggests_none() -> None
     assert "did you mean" not in str(caught.value)  # the nearest name is another GPU
 
 
+def test_parse_unknown_gpu_suggests_a_known_one_and_lists_all() -> None:
+    with pytest.raises(InputError) as caught:
+        targets.parse("RTX 9999")
+    fix = caught.value.fix
+    assert fix is not None and fix.startswith("did you mean 'RTX ") and "sm_75 (RTX 20, T4)" in fix
+
+
+@pytest.mark.parametrize(
+    ("name", "title"), [("H100", "H100 (sm_90)"), ("sm_90", "sm_90 (H100, H200)")]
+)
+def test_parse_target_without_rtx_has_one_parenthesis(name: str, title: str) -> None:
+    with pytest.raises(InputError) as caught:
+        targets.parse(name)
+    assert caught.value.message.endswith(title)
+
+
 @pytest.mark.parametrize("text", ["86", "ampere", "sm_", "sm_86;sm_89"])
 def test_what_is_no_target_is_refused(text: str) -> None:
     with pytest.raises(InputError, match=rf"--target {text}: not a known .*; known: sm_75"):
@@ -86,8 +102,9 @@ def test_auto_is_rtx_where_there_is_no_gpu(installed: set[str]) -> None:
 
 
 @pytest.mark.usefixtures("without_gpu")
-def test_tensorrt_without_a_gpu_is_refused(installed: set[str]) -> None:
-    installed.add("tensorrt")
+@pytest.mark.parametrize("packages", [{"tensorrt"}, set()])
+def test_tensorrt_without_a_gpu_is_refused(installed: set[str], packages: set[str]) -> None:
+    installed |= packages
     with pytest.raises(UnavailableError, match="--builder rtx") as caught:
         targets.builder("tensorrt")
     assert caught.value.exit_code == 3

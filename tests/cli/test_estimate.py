@@ -37,7 +37,7 @@ def test_estimate_file_is_listed_by_gpu(engines: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["resnet20", "--gpu", "RTX 9999"], "unknown GPU"),
+        (["resnet20", "--gpu", "RTX 9999"], "did you mean 'RTX 3090'? known: T4"),
         (["resnet21"], "unknown model"),
         (["none.onnx"], "no such file"),
         (

@@ -24,6 +24,15 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.parametrize("arguments", [["compare", "a.onnx"], ["bench", "a.onnx", "--qps", "abc"]])
+def test_usage_error_of_click_joins_its_fix_without_a_period(
+    capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert f"; see: rtresnet {arguments[0]} --help" in error and ".;" not in error
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

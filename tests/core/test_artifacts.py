@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from rtresnet.core import artifacts, locks, provenance
+from rtresnet.core import artifacts, atomic_io, locks, provenance
 from rtresnet.core.artifacts import (
     chain,
     link_to,
@@ -442,8 +442,18 @@ def test_a_file_that_is_not_there_or_empty_is_told_so(tmp_path: Path) -> None:
     (tmp_path / "empty.plan").touch()
     with pytest.raises(ArtifactError, match=r"empty\.plan: the file is empty"):
         verify(tmp_path / "empty.plan")
-    with pytest.raises(InputError, match="not a readable file"):
+    with pytest.raises(InputError, match="a folder, not a file"):
         verify(tmp_path)
+
+
+def test_require_file_folder_of_a_run_names_its_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        atomic_io.require_file(tmp_path, fix="rtresnet export")
+    assert caught.value.fix == "rtresnet export"
+    (tmp_path / "best.pt").touch()
+    with pytest.raises(InputError) as caught:
+        atomic_io.require_file(tmp_path, fix="rtresnet export")
+    assert caught.value.fix is not None and str(tmp_path / "best.pt") in caught.value.fix
 
 
 def test_the_kind_follows_from_the_name() -> None:

@@ -489,7 +489,10 @@ def test_backend_openvino_missing_names_its_package(
     assert OrtBackend(onnx_file("resnet8", "fp32")).provider == "ONNX Runtime CPU"
 
 
-def test_backend_provider_not_built_in_raises(onnx_file: OnnxFile) -> None:
+def test_backend_provider_not_built_in_raises(
+    onnx_file: OnnxFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_gpu(monkeypatch, (9, 0))
     about = PROVIDERS["cuda"]
     if about.ep in ort.get_available_providers():
         pytest.skip("it is here")
@@ -500,6 +503,19 @@ def test_backend_provider_not_built_in_raises(onnx_file: OnnxFile) -> None:
     # Two builds of ONNX Runtime must not lie on top of each other.
     assert "pip uninstall -y onnxruntime &&" in caught.value.fix
     assert "'onnxruntime-gpu[cuda,cudnn]'" in caught.value.fix
+
+
+@pytest.mark.skipif(bool(hardware.gpus()), reason="there is a GPU here")
+@pytest.mark.parametrize(
+    ("options", "fix"),
+    [({"device": "cuda"}, "use --device cpu"), ({"provider": "cuda"}, "use --provider cpu")],
+)
+def test_load_cuda_without_gpu_keeps_the_cpu_install(
+    onnx_file: OnnxFile, options: dict[str, str], fix: str
+) -> None:
+    with pytest.raises(UnavailableError, match="NVIDIA GPU") as caught:
+        load(onnx_file("resnet8", "fp32"), **options)
+    assert caught.value.fix == fix
 
 
 @pytest.mark.parametrize("device", ["auto", "cuda"])

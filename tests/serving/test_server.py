@@ -221,6 +221,19 @@ def bad_requests(images: np.ndarray) -> dict[str, tuple[str, bytes, dict[str, st
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ("top=abc", "top is 'abc', expected a whole number from 1 to 1000"),
+        ("top=0", "top is '0', expected a whole number from 1 to 1000"),
+        ("least_score=2", "least_score is '2', expected a number from 0 to 1"),
+    ],
+)
+def test_query_bad_value_is_stated_in_words(query: str, message: str, server: Server) -> None:
+    status, _, answer = ask(server, f"/v1/classify?model=resnet8&{query}", b"x")
+    assert status == 400 and json.loads(answer)["error"] == message
+
+
 BAD = tuple(bad_requests(np.zeros((1, 3, 32, 32), np.float32)))
 
 

@@ -10,8 +10,8 @@ from torch.overrides import TorchFunctionMode
 
 from rtresnet.core.errors import DataError
 from rtresnet.core.preprocess import Preprocess
-from rtresnet.data.loader import DecodeErrors
-from rtresnet.data.sources import Arrays, Files
+from rtresnet.data.loader import Cached, DecodeErrors
+from rtresnet.data.sources import Arrays, Files, Subset
 from rtresnet.training import loader
 from rtresnet.training.config import Recipe
 from rtresnet.training.distributed import World
@@ -190,7 +190,7 @@ def photographs(folder: Path, broken: tuple[int, ...] = ()) -> Files:
     return Files("photographs", paths, np.arange(20), [str(i) for i in range(20)])
 
 
-def photo_feed(source: Files, **fields: object) -> loader.TrainLoader:
+def photo_feed(source: Files | Subset, **fields: object) -> loader.TrainLoader:
     recipe = Recipe(**(PLAIN | {"crop": "area"} | fields))  # type: ignore[arg-type]
     contract = Preprocess.for_size(72, mean=(0, 0, 0), std=(1, 1, 1))
     return loader.TrainLoader(source, np.arange(20), contract, recipe, tally=DecodeErrors(20))
@@ -284,4 +284,17 @@ def test_decode_rate_counts_the_photographs_since_the_last_call(tmp_path: Path) 
     assert feed.decoded == 20 and feed.decode_seconds > 0
     rate = feed.decode_rate()
     assert rate is not None and rate > 0
+    assert feed.decode_rate() is None
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_decode_rate_cached_photographs_are_not_counted(tmp_path: Path, wrapped: bool) -> None:
+    source: Subset = Cached(
+        photographs(tmp_path), at_least=loader.decode_size(72), budget=1_000_000_000
+    )
+    feed = photo_feed(Subset(source, np.arange(20)) if wrapped else source)
+    list(feed.steps(0, 2))
+    assert feed.decoded == 20
+    assert feed.decode_rate() is not None
+    list(feed.steps(2, 4))
     assert feed.decode_rate() is None
