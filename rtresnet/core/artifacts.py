@@ -157,9 +157,30 @@ def _write_sidecar(path: Path, sidecar: Sidecar, size: int, digest: str) -> Side
         bytes=size,
         made_by=provenance.made_by() | sidecar.made_by,
     )
+    sidecar = dataclasses.replace(sidecar, measured=_still_valid(path, sidecar) | sidecar.measured)
     # If the process is killed between the two writes, the old sidecar's hash does not match.
     atomic_io.write_text(sidecar_path(path), to_json(sidecar))
     return sidecar
+
+
+def _still_valid(path: Path, new: Sidecar) -> Measurements:
+    """Return the accuracies and the parity of the sidecar that `new` replaces.
+
+    They hold only for the same bytes with the same input contract, and parity for the same parent.
+    """
+    try:
+        old = read_sidecar(path)
+    except (ArtifactError, OSError):
+        return {}
+    if old is None or (old.sha256, old.input, old.model) != (new.sha256, new.input, new.model):
+        return {}
+    kept = Measurements()
+    if "accuracy" in old.measured:
+        kept["accuracy"] = old.measured["accuracy"]
+    same_parent = old.parent and new.parent and old.parent.sha256 == new.parent.sha256
+    if same_parent and "parity" in old.measured:
+        kept["parity"] = old.measured["parity"]
+    return kept
 
 
 def record(path: str | os.PathLike[str], sidecar: Sidecar) -> Sidecar:
@@ -283,13 +304,15 @@ def verify(path: str | os.PathLike[str]) -> Sidecar | None:
 
 def mismatch(path: str | os.PathLike[str], sidecar: Sidecar) -> ArtifactError:
     """Return the error for a file that does not match its sidecar."""
-    size = Path(path).stat().st_size
-    problem = "does not match its sidecar"
-    if size < sidecar.bytes:
-        problem = f"truncated ({size} of {sidecar.bytes} bytes)"
+    size, place = Path(path).stat().st_size, sidecar_path(path).name
+    problem = f"does not match its sidecar {place}"
+    if size != sidecar.bytes:
+        problem += f" ({size} bytes instead of {sidecar.bytes})"
+    cause = "replaced" if size >= sidecar.bytes else "truncated"
     return ArtifactError(
-        f"{path}: {problem}",
-        fix=f"create it again with: {sidecar.made_by.get('command', 'unknown')}",
+        f"{path}: {problem}: {cause}, or the sidecar belongs to another file",
+        fix=f"delete {place} if it belongs to another file, or create the file again with: "
+        + sidecar.made_by.get("command", "unknown"),
     )
 
 

@@ -312,7 +312,7 @@ def open_source(spec: str, split: str = "all") -> Source:
         )
     if os.sep in spec or (form == spec and Path(spec).suffix):
         raise DataError(f"{spec}: no such folder", fix="data is one of " + ", ".join(FORMS))
-    raise UnknownNameError("data", spec, FORMS)
+    raise UnknownNameError("folder or data set" if form == spec else "data", spec, FORMS)
 
 
 def open_images(spec: str) -> Source:
@@ -453,9 +453,11 @@ def _class_folders(spec: str, root: Path, split: str) -> Source:
     if not classes:
         raise DataError(f"{names_from}: no class folders", fix="create one folder for each class")
     if len(classes) == 1:
-        raise DataError(
-            f"{names_from}: only one class ({classes[0]})", fix="a classifier needs two or more"
-        )
+        inner = names_from / classes[0]
+        fix = "a classifier needs two or more"
+        if len(_class_names(inner)) > 1:
+            fix += f"; if the folders in {inner} are the classes, use --data {inner}"
+        raise DataError(f"{names_from}: only one class ({classes[0]})", fix=fix)
     paths: list[Path] = []
     labels: list[int] = []
     unreadable: list[Path] = []
@@ -474,7 +476,10 @@ def _class_folders(spec: str, root: Path, split: str) -> Source:
             images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
             unreadable += (path for path in files if path.suffix.lower() in UNREADABLE_SUFFIXES)
             if not images and base == names_from:
-                raise DataError(f"{base / name}: the class has no images")
+                raise DataError(
+                    f"{base / name}: the class has no images",
+                    fix="add some, or use a folder that contains only class folders",
+                )
             paths += images
             labels += [label] * len(images)
     if not paths:

@@ -194,6 +194,7 @@ def download(url: str, cache: Path, reporter: Reporter = reporter.DEFAULT) -> Pa
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
         raise InputError(
             f"{url}: cannot be downloaded ({getattr(error, 'reason', error)})",
-            fix=f"put the file at {path}, or use your own with --weights FILE",
+            fix=f"put the file at {path}, set RTRESNET_WEIGHTS_URL to the address of a mirror, or "
+            "use your own with --weights FILE",
         ) from None
     return path

@@ -393,18 +393,22 @@ def _measurement(drop: Drop, name: str, gate: Gate) -> str:
 
 
 def _judgement(drop: Drop, gate: Gate) -> str:
-    """Return, for example, "Measured loss 0.25 points, upper limit 0.94 ..., bound 0.5: held"."""
+    """Return, for example, "Passed (--gate point): measured loss 0.25 points, ...: held"."""
     from rtresnet.core.metrics import images_needed, verdict
 
     outcome = verdict(drop, gate.max_drop)
     line = (
-        f"Measured {'gain' if drop.points < 0 else 'loss'} {abs(drop.points):.2f} points, upper "
+        f"{'Passed' if passes(drop, gate) else 'Failed'} (--gate {gate.rule}): measured "
+        f"{'gain' if drop.points < 0 else 'loss'} {abs(drop.points):.2f} points, upper "
         f"limit of the loss {drop.high:.2f} (95 %, {plural(drop.n, 'image')}), bound "
-        f"{gate.max_drop:g}: {outcome}"
+        f"{gate.max_drop:g}: "
     )
+    if outcome != "not shown to hold":
+        return line + outcome
+    line += "within the bound as measured, but not shown to hold"
     needed = images_needed(drop, gate.max_drop)
-    if outcome == "not shown to hold" and math.isfinite(needed):
-        line += f"; about {_rounded_up(needed):,} images would be needed"
+    if math.isfinite(needed):
+        line += f"; to show it with 95 %, about {_rounded_up(needed):,} images would be needed"
     return line
 
 

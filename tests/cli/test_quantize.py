@@ -282,6 +282,7 @@ def test_quantize_interval_beyond_the_bound_is_not_called_held(
     assert gated(source, *arguments) == 0
     captured = capsys.readouterr()
     output = captured.out
+    assert "Passed (--gate point): measured loss" in output
     assert "not shown to hold" in output and "images would be needed" in output
     assert "training images of" in captured.err  # of tints, which has no test split
     assert "images of --eval" in captured.err
@@ -341,7 +342,7 @@ def test_quantize_better_int8_is_told_as_a_gain(
     monkeypatch.setattr(accuracy_gate, "_answers", hits)
     assert gated(source, tints, "--json", "q.json") == 0
     output = capsys.readouterr().out
-    assert "INT8 gains 0.83 points" in output and "Measured gain 0.83 points" in output
+    assert "INT8 gains 0.83 points" in output and "measured gain 0.83 points" in output
     assert "-0.83" not in output
     assert json.loads(Path("q.json").read_text())["result"]["measured"]["drop"]["points"] < 0
 

@@ -405,6 +405,33 @@ def test_json_that_is_no_object_is_refused_by_name(tmp_path: Path, text: str) ->
         read_sidecar(path)
 
 
+ACCURACY = {"n": 10, "top1": 9, "data": "folder:up"}
+
+
+@pytest.mark.parametrize("way", ["equal", "other bytes", "other input", "broken sidecar"])
+def test_publish_equal_bytes_and_input_keeps_what_was_measured(tmp_path: Path, way: str) -> None:
+    parent = Link(file="net.pt", sha256="a" * 64)
+    path = make(tmp_path / "net.onnx", parent=parent)
+    update_measured(path, {"accuracy": [ACCURACY], "parity": [0.5, 1e-6]})  # type: ignore[typeddict-item]
+    if way == "broken sidecar":
+        sidecar_path(path).write_text("{")
+    changes = {"input": Preprocess(size=64, resize=64)} if way == "other input" else {}
+    content = b"others" if way == "other bytes" else b"content"
+    make(path, content, parent=parent, **changes)
+    written = read_sidecar(path)
+    assert written is not None
+    expected = {"accuracy": [ACCURACY], "parity": [0.5, 1e-6]} if way == "equal" else {}
+    assert written.measured == expected
+
+
+def test_publish_equal_bytes_of_another_parent_drops_the_parity(tmp_path: Path) -> None:
+    path = make(tmp_path / "net.onnx", parent=Link(file="net.pt", sha256="a" * 64))
+    update_measured(path, {"accuracy": [ACCURACY], "parity": [0.5, 1e-6]})  # type: ignore[typeddict-item]
+    make(path, parent=Link(file="net.pt", sha256="b" * 64))
+    written = read_sidecar(path)
+    assert written is not None and written.measured == {"accuracy": [ACCURACY]}
+
+
 # --- verify
 
 
@@ -414,7 +441,8 @@ def test_a_truncated_file_is_told_with_its_sizes_and_the_command(tmp_path: Path)
     with pytest.raises(ArtifactError) as caught:
         verify(path)
     assert str(path) in str(caught.value)
-    assert "truncated (4 of 10 bytes)" in str(caught.value)
+    assert "net.plan.json (4 bytes instead of 10): truncated" in str(caught.value)
+    assert "delete net.plan.json" in (caught.value.fix or "")
     assert str(caught.value).endswith("rtresnet make net.plan")
 
 

@@ -467,7 +467,14 @@ def test_a_single_class_is_refused(tmp_path: Path) -> None:
     folders(tmp_path, "cats/1.png", "cats/2.png")
     message = refusal(str(tmp_path))
     assert "only one class (cats)" in message
-    assert "two or more" in message
+    assert "two or more" in message and "--data" not in message
+
+
+def test_open_source_of_the_folder_above_the_classes_names_the_one_to_use(tmp_path: Path) -> None:
+    folders(tmp_path, "photos/cat/1.png", "photos/dog/1.png")
+    with pytest.raises(DataError) as caught:
+        open_source(str(tmp_path))
+    assert f"--data {tmp_path / 'photos'}" in (caught.value.fix or "")
 
 
 def test_a_folder_without_class_folders_is_refused(tmp_path: Path) -> None:

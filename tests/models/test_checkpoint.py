@@ -204,7 +204,7 @@ def test_a_truncated_checkpoint_of_ours_says_how_much_is_there(tmp_path: Path) -
     path = tmp_path / "net.pt"
     size = save(path, ours()).bytes
     path.write_bytes(path.read_bytes()[:1000])
-    assert f"truncated (1000 of {size} bytes)" in refusal(path)
+    assert f"(1000 bytes instead of {size}): truncated" in refusal(path)
 
 
 @pytest.mark.parametrize("content", [b"hello", b"\0" * 1000, b"PK\x03\x04", b"<html></html>"])
