@@ -73,6 +73,9 @@ def _lines(result: BenchmarkResult, several: bool) -> Iterator[str]:
             else "in alternating slices"
         )
         yield f"Speed against the first file, measured {how}."
+        compared = [entry.measurement.comparison for entry in entries]
+        if any(comparison and comparison.level > 0.951 for comparison in compared):
+            yield "The intervals of one batch size hold together with 95 %."
         yield from (_verdict(entry) for entry in entries if entry.measurement.comparison)
     yield from _where(entry.artifact for entry in entries)
     if any(entry.artifact.untrained for entry in entries):

@@ -168,9 +168,14 @@ def _profile_facts(result: ProfileResult) -> Iterator[str]:
     if result.fixed_batch:
         yield f"The batch is fixed at {result.fixed_batch}."
     if not profile.agrees:
+        why = (
+            "the profiler's overhead"
+            if profile.total > profile.whole
+            else "time between the layers"
+        )
         yield (
-            "NOTE: these differ by more than 10 %, because of the profiler's overhead or another "
-            "load on this machine. The shares are more reliable than the times."
+            f"NOTE: these differ by more than 10 %, because of {why} or another load on this "
+            "machine. Each block's share of the time is more reliable than its time."
         )
     for part in sorted(profile.blocks, key=lambda part: -part.ms)[:3]:
         if part.bound:
@@ -183,7 +188,10 @@ def _profile_facts(result: ProfileResult) -> Iterator[str]:
                 "computes the others in float."
             )
     if remarks := result.environment.remarks:
-        yield (f"NOTE: {'; '.join(remarks)}: times are overestimated, shares underestimated.")
+        yield (
+            f"NOTE: {'; '.join(remarks)}: times are overestimated, rates and the share of the roof "
+            "underestimated."
+        )
     if roof is None:
         return
     rates = [("FLOP/s fp32", roof.fp32), ("FLOP/s fp16", roof.fp16), ("OP/s int8", roof.int8)]

@@ -15,15 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rtresnet.core import artifacts, atomic_io, hardware, reporter
+from rtresnet.core import artifacts, hardware, reporter
 from rtresnet.core.config import option
-from rtresnet.core.errors import CheckFailedError, InputError, RtresnetError, UnavailableError
+from rtresnet.core.errors import CheckFailedError, InputError, RtresnetError
 from rtresnet.core.precisions import PRECISIONS
 from rtresnet.core.reporter import Reporter
 from rtresnet.core.serialization import flattened, to_builtins
 from rtresnet.runtime.session import RuntimeInfo
 from rtresnet.workflows import workload as workloads
 from rtresnet.workflows.loading import RuntimeConfig, load_artifact
+from rtresnet.workflows.stand_in import stand_ins
 from rtresnet.workflows.workload import BATCHES, MeasurementConfig, Scenario, Workload
 
 if TYPE_CHECKING:
@@ -405,10 +406,7 @@ def opened(
 
     runtime = runtime or RuntimeConfig()
     names = [os.fspath(path) for path in paths]
-    chosen = [stand_in_for(name, runtime.device) for name in names]
-    for _, note in chosen:
-        if note:
-            reporter.note(f"NOTE: {note}")
+    names, chosen = stand_ins(names, runtime.device, reporter)
     targets = [target for target, _ in chosen]
     with contextlib.ExitStack() as stack:
         stack.enter_context(short_switch_interval())
@@ -452,38 +450,4 @@ def _emulated(session: Session) -> str | None:
     return (
         f"{session.path}: ONNX Runtime converts {name} to FP32 and computes in FP32; these times "
         f"do not indicate the speed of {name} on a GPU"
-    )
-
-
-def stand_in_for(path: str, device: str) -> tuple[str, str | None]:
-    """Choose the file to measure for `path`: without a GPU, the ONNX file of a plan.
-
-    Args:
-        path: An artifact.
-        device: "auto", "cpu" or "cuda".
-
-    Returns:
-        The file, and a sentence on it if it is not `path`.
-
-    Raises:
-        InputError: No such file, or the ONNX file has changed since the plan was built.
-        UnavailableError: The plan has no sidecar that names its ONNX file.
-    """
-    atomic_io.require_file(path, fix="create it with: rtresnet export")
-    if artifacts.kind_of(path) != "plan" or hardware.gpus() or device == "cuda":
-        return path, None
-    sidecar = artifacts.verify(path)
-    parent = artifacts.parent_path(path, sidecar) if sidecar else None
-    if sidecar is None or parent is None:
-        raise UnavailableError(
-            f"{path}: this machine has no GPU to run the plan, and no sidecar names its ONNX file",
-            fix="use its ONNX file instead",
-        )
-    atomic_io.require_file(parent, fix="also copy the ONNX file, or run on a GPU")
-    if sidecar.parent is not None and atomic_io.sha256(parent) != sidecar.parent.sha256:
-        raise InputError(
-            f"{parent}: has changed since {path} was built from it", fix=f"rtresnet build {parent}"
-        )
-    return str(parent), (
-        f"this machine has no GPU; measuring {parent}, the ONNX file of {path}, on the CPU instead"
     )

@@ -141,6 +141,14 @@ def profile(
             recorded = profilers.record_onnx(
                 path, images, graph=graph, threads=config.threads, **shared
             )
+    if not is_plan:
+        from rtresnet.runtime.providers import openvino
+
+        if openvino() is not None:
+            reporter.note(
+                "NOTE: profiled on ONNX Runtime's CPU provider, which times each node; bench "
+                "prefers OpenVINO here, so its times differ"
+            )
     roof = _roof(recorded, config, reporter)
     blocks = counted.blocks
     if is_plan:

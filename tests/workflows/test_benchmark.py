@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from rtresnet.core import hardware
 from rtresnet.core.errors import CheckFailedError, InputError
 from rtresnet.core.serialization import to_builtins
 from rtresnet.workflows import result_files
@@ -40,6 +41,20 @@ def test_benchmark_of_two_files_compares_them_and_is_read_by_report(
     assert len(read.result["results"]) == 4
     captured = capsys.readouterr()
     assert captured.out == captured.err == ""
+
+
+@pytest.mark.skipif(bool(hardware.gpus()), reason="there is a GPU here")
+def test_benchmark_plan_and_its_onnx_file_without_gpu_measures_the_file_once(
+    engines: Path,
+) -> None:
+    plan = engines / "resnet8-int8.plan"
+    if not plan.exists():
+        pytest.skip("no TensorRT-RTX")
+    reporter = RecordingReporter()
+    paths = [engines / "resnet8-int8.onnx", plan]
+    result = benchmark(paths, FEW, reporter=reporter)
+    assert [entry.artifact.asked for entry in result.results] == [str(paths[0])]
+    assert sum(str(plan) in line for line in reporter.notes) == 1
 
 
 def scaled(entries: list[dict[str, Any]], scale: float) -> list[dict[str, Any]]:
