@@ -63,12 +63,14 @@ def command(
     try:
         result = quantize(source, config, out=out, stated=stated, reporter=common.REPORTER)
     except AccuracyCheckFailedError as failed:
-        common.show([artifact.block_table(failed.result)])
+        table = artifact.block_table(failed.result)
+        common.show([table, table.about])
         _write_page(report, failed.result, source)
         common.write_json("quantize", {"file": None, "measured": failed.result.measured()})
         raise
     if result.gate is not None:
-        common.show([artifact.block_table(result.gate), *result.gate.summary])
+        table = artifact.block_table(result.gate)
+        common.show([table, table.about, *result.gate.summary])
         _write_page(report, result.gate, source)
     common.show(artifact.quantize_lines(result))
     common.write_json("quantize", result)

@@ -29,6 +29,8 @@ def require_file(path: str | os.PathLike[str], fix: str | None = None) -> Path:
     """
     path = Path(path)
     if not path.exists():
+        if str(path) == "-":
+            raise InputError("-: standard input is not supported", fix="name a file")
         raise InputError(f"{path}: no such file", fix=fix)
     if path.is_dir():
         best = path / "best.pt"

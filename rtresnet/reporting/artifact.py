@@ -67,7 +67,8 @@ def block_table(gate: GateResult) -> DataTable:
     if not any(block.int8_gain_db for block in gate.blocks):  # for an INT8 file
         rows = [(*row[:4], row[5]) for row in rows]
         del headings[4]
-    return DataTable(headings=headings, rows=rows)
+    about = "dB gained: rise of the logits' SNR if the block runs so; 0 or less: no gain."
+    return DataTable(headings=headings, rows=rows, about=about)
 
 
 def gate_summary(gate: GateResult) -> list[str]:

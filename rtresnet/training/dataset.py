@@ -207,13 +207,13 @@ def _report_broken(
     shares = {split: len(entries) / totals[split] for split, entries in broken.items()}
     worst = max(shares, key=lambda split: shares[split])
     if shares[worst] > job.max_broken:
-        sufficient = math.ceil(10_000 * shares[worst]) / 100  # rounded up, so that it is enough
+        sufficient = math.ceil(100 * len(broken[worst]) / totals[worst])  # enough for all
         more = f"; all of them in {listed}" if len(lines) > 1 else ""
         raise DataError(
             f"{len(broken[worst])} of {totals[worst]} {SPLITS[worst]} images cannot be decoded, "
             f"but only {100 * job.max_broken:g} % are allowed ({next(iter(broken[worst].values()))}"
             f"{more})",
-            fix=f"repair or remove them, or ignore them with --max-broken {sufficient:g}%",
+            fix=f"repair or remove them, or ignore them with --max-broken {sufficient}%",
         )
 
 

@@ -133,3 +133,9 @@ def test_text_never_takes_the_place_of_a_net(tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError, match="the suffix of a model"):
         atomic_io.write_text(tmp_path / name, "{}")
     assert (tmp_path / name).read_bytes() == b"weights"
+
+
+def test_require_file_standard_input_is_refused_with_a_fix() -> None:
+    with pytest.raises(InputError, match="standard input") as caught:
+        atomic_io.require_file("-")
+    assert caught.value.fix is not None and "no such file" not in caught.value.message

@@ -102,8 +102,8 @@ def test_prepare_with_enough_tolerance_leaves_the_broken_images_out(
     proposed = job(root, tmp_path, **WAYS[way])  # type: ignore[arg-type]
     with pytest.raises(DataError) as caught:
         prepare(proposed)
-    assert caught.value.fix is not None and "--max-broken 16.67%" in caught.value.fix
-    prepared = prepare(job(root, tmp_path, max_broken=0.1667, **WAYS[way]))  # type: ignore[arg-type]
+    assert caught.value.fix is not None and "--max-broken 17%" in caught.value.fix
+    prepared = prepare(job(root, tmp_path, max_broken=0.17, **WAYS[way]))  # type: ignore[arg-type]
     assert len(prepared.source) == 28 and prepared.test is not None and len(prepared.test) == 5
     assert prepared.report.broken == {"train": [3, 15], "test": [4]}
     assert {split: sum(counts) for split, counts in prepared.report.counts.items()} == {
