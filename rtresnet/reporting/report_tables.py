@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import PurePath
 from typing import Literal
 
@@ -22,20 +23,20 @@ PRECISIONS = {
 
 def summary(results: Results) -> list[str]:
     """Return a sentence for each artifact: speed and accuracy against the baseline."""
-    base, batch = results.baseline, results.batch
-    if base is None or batch is None:
+    if results.batch is None:
         return []
-    streams = results.streams(batch)
-    reference = next(entry for artifact, entry in streams if artifact is base)
     lines = []
-    for artifact, entry in streams:
-        if artifact is base:
+    for artifact, entry in results.streams(results.batch):
+        base, reference = results.reference((artifact, entry))
+        if artifact is results.baseline:
             continue
         line = (
             f"{artifact.name} takes {number(entry['latency']['median'])} ms for a batch of "
-            f"{batch}, {_compared(entry, reference, base.name)}"
+            f"{results.batch}"
         )
-        if artifact.score is not None and base.score is not None:
+        if base is not artifact:
+            line += f", {_compared(results, entry, reference, base.name)}"
+        if base is not artifact and artifact.score is not None and base.score is not None:
             points, measure = artifact.score - base.score, base.measure
             change = f"the same {measure}" if points == 0 else f"{points:+.2f} points of {measure}"
             line += f", with {change}"
@@ -55,26 +56,17 @@ def remarks(results: Results) -> list[str]:
     return lines
 
 
-def _compared(entry: Entry, reference: Entry, name: str) -> str:
+def _compared(results: Results, entry: Entry, reference: Entry, name: str) -> str:
     """Compare speeds in words, with the verdict of `bench` if it compared these two."""
-    comparison = entry.get("comparison") if _paired(entry, reference) else None
+    comparison = entry.get("comparison") if results.paired(entry, reference) else None
     if comparison and comparison["verdict"] == NO_DIFFERENCE:
         return f"{NO_DIFFERENCE} from {name}"
-    return f"{speed(entry, reference):.2f} times as fast as {name}"
+    return f"{speed(results, entry, reference):.2f} times as fast as {name}"
 
 
-def _paired(entry: Entry, reference: Entry) -> bool:
-    """Return whether `bench` measured both in one call, alternately."""
-    return (
-        bool(entry.get("speed"))
-        and reference.get("speed") == 1
-        and entry.get("versions") == reference.get("versions")
-    )
-
-
-def speed(entry: Entry, reference: Entry) -> float:
-    """Return the paired speed if one `bench` call measured both, else the ratio of medians."""
-    paired = entry.get("speed") if _paired(entry, reference) else None
+def speed(results: Results, entry: Entry, reference: Entry) -> float:
+    """Return the paired speed if one `bench` call compared these two, else the ratio of medians."""
+    paired = entry.get("speed") if results.paired(entry, reference) else None
     if paired:
         return paired
     return reference["latency"]["median"] / entry["latency"]["median"]
@@ -98,11 +90,17 @@ def tables(results: Results) -> dict[str, DataTable]:
 
 
 def _artifacts(results: Results) -> DataTable:
-    batch, base = results.batch, results.baseline
+    batch = results.batch
     streams = {artifact.name: entry for artifact, entry in results.streams(batch)} if batch else {}
+    bases: dict[str, None] = {}
     rows = []
     for artifact in results.artifacts:
         entry, agreement = streams.get(artifact.name), artifact.agreement
+        relative = None
+        if entry:
+            base, reference = results.reference((artifact, entry))
+            relative = speed(results, entry, reference)
+            bases[base.name] = None
         rows.append(
             (
                 artifact.name,
@@ -114,7 +112,7 @@ def _artifacts(results: Results) -> DataTable:
                 100 * agreement["agreement"] if agreement else None,
                 entry["latency"]["median"] if entry else None,
                 entry["latency"].get("images_per_second") if entry else None,
-                speed(entry, streams[base.name]) if entry and base else None,
+                relative,
             )
         )
     data: dict[str, dict[str, None]] = {}
@@ -132,7 +130,7 @@ def _artifacts(results: Results) -> DataTable:
     about = [
         *(f"{measure[0].upper()}{measure[1:]} on {'; '.join(on)}." for measure, on in data.items()),
         *(f"Agreement: same {label} as {', '.join(on)}." for label, on in references.items()),
-        *([f"Speed against {base.name}."] if base else []),
+        *([f"Speed against {_alternatives(bases)}."] if bases else []),
     ]
     return DataTable(
         title="Artifacts",
@@ -141,6 +139,12 @@ def _artifacts(results: Results) -> DataTable:
         rows=rows,
         about=" ".join(about),
     ).without_empty_columns()  # fmt: skip
+
+
+def _alternatives(bases: Iterable[str]) -> str:
+    """Return the names of the references: with several, each is that of its own net."""
+    first, *others = bases
+    return f"the reference of the same net: {', '.join([first, *others])}" if others else first
 
 
 def _accuracy(results: Results) -> DataTable:

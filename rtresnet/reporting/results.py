@@ -87,6 +87,7 @@ class Results:
 
     Attributes:
         timings: Artifacts at one batch under one load, as `bench` measured them.
+        calls: The entries of `timings`, by the call of `bench` that measured them.
         curves: Precision-recall curves of detectors.
         searches: Results of `bench --find-batch` and `--find-qps`.
         bounds: Results of `estimate`: lower bounds, not measurements.
@@ -98,6 +99,7 @@ class Results:
 
     artifacts: list[Artifact] = field(default_factory=list)
     timings: list[Timing] = field(default_factory=list)
+    calls: list[list[Entry]] = field(default_factory=list)
     profiles: list[tuple[Artifact, ProfileRecord]] = field(default_factory=list)
     searches: list[tuple[Artifact, Search]] = field(default_factory=list)
     curves: list[tuple[Artifact, list[PrecisionCurve]]] = field(default_factory=list)
@@ -137,6 +139,39 @@ class Results:
         plain = [artifact for artifact in measured if artifact.precision == "fp32"]
         return next(iter(plain or measured), None)
 
+    def reference(self, timing: Timing) -> Timing:
+        """Return the timing to compare one with, or itself if there is none.
+
+        This is the timing of the baseline; for another net, that of the net's own first FP32
+        artifact. Nets are comparable only if one call measured both.
+        """
+        streams = self.streams(timing[1]["batch"])
+        streams.sort(
+            key=lambda other: (other[0] is not self.baseline, other[0].precision != "fp32")
+        )
+        comparable = (t for t in streams if t is timing or self._comparable(t[1], timing[1]))
+        return next(comparable, timing)
+
+    def _comparable(self, one: Entry, other: Entry) -> bool:
+        """Return whether one call measured both, or both are the same net as far as is known."""
+        if any(_contains(call, one) and _contains(call, other) for call in self.calls):
+            return True
+        pairs = ((one.get("size"), other.get("size")), (_origin(one), _origin(other)))
+        return all(a is None or b is None or a == b for a, b in pairs)
+
+    def paired(self, entry: Entry, reference: Entry) -> bool:
+        """Return whether the speed of an entry is relative to `reference`.
+
+        It is relative to the first artifact of its call, so to no entry of another call.
+        """
+        load = (reference["batch"], scenario(reference))
+        return bool(entry.get("speed")) and any(
+            _contains(call, entry)
+            and next(e for e in call if (e["batch"], scenario(e)) == load) is reference
+            for call in self.calls
+            if _contains(call, reference)
+        )
+
     @property
     def title(self) -> str:
         """The nets' names."""
@@ -152,6 +187,17 @@ def latest(timings: Iterable[Timing]) -> list[Timing]:
 def scenario(entry: Entry) -> str:
     """Return the load; results of earlier versions do not name the only one they had."""
     return entry.get("scenario") or "single-stream"
+
+
+def _contains(call: Iterable[Entry], entry: Entry) -> bool:
+    """Compare by identity: entries of two calls can be equal."""
+    return any(other is entry for other in call)
+
+
+def _origin(entry: Entry) -> str | None:
+    """Return the hash of the oldest ancestor of an artifact; None if it is unknown."""
+    chain = entry.get("chain")
+    return chain[-1].get("sha256") if chain else None
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -247,6 +293,7 @@ class _Collector:
 
     def _bench(self, result: result_files.Bench) -> None:
         self.results.notes += result.get("notes") or ()
+        self.results.calls.append(result["results"])
         for entry in result["results"]:
             artifact = self._measured(entry, "latency")
             self.results.timings.append((artifact, entry))

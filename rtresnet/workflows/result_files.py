@@ -85,6 +85,7 @@ class Entry(Where):
     precision: NotRequired[str | None]
     untrained: NotRequired[bool | None]
     batch: Batch
+    size: NotRequired[Count | None]
     scenario: NotRequired[
         Literal["single-stream", "multi-stream", "offline", "server", "closed"] | None
     ]

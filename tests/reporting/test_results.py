@@ -12,9 +12,9 @@ import pytest
 
 from rtresnet.core.errors import ArtifactError, InputError
 from rtresnet.reporting import results
-from rtresnet.reporting.report_tables import tables
+from rtresnet.reporting.report_tables import summary, tables
 from rtresnet.reporting.results import pareto
-from tests.reporting.conftest import searched
+from tests.reporting.conftest import bench, searched
 
 Write = Callable[..., Path]
 
@@ -117,6 +117,61 @@ def test_a_quickstarts_file_holds_all_of_it(measured: list[Path], write: Write) 
     gathered = results.gather([write("quickstart", whole)])
     assert [a.score for a in gathered.artifacts] == [91.5, 91.25, 90.0, 80.0]
     assert len(gathered.timings) == 8
+
+
+def _second_call(size: int, origin: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return two calls of bench: of net-*.onnx, and of other-*.onnx, ten times as slow."""
+    first, second = bench(), bench()
+    for call, name, chain in ((first, "net", "a" * 64), (second, "other", origin)):
+        for entry in call["results"]:
+            entry["measured"] = entry["measured"].replace("net", name)
+            entry["chain"] = [{"sha256": entry["measured"]}, {"sha256": chain}]
+    for entry in second["results"]:
+        entry["size"] = size
+        for key in ("median", "mean", "std", "p90", "p95", "p99"):
+            entry["latency"][key] *= 10
+    return first, second
+
+
+def _speeds(gathered: results.Results) -> dict[str, float]:
+    table = tables(gathered)["artifacts"]
+    rows = [dict(zip(table.headings, row, strict=True)) for row in table.rows]
+    return {row["artifact"]: row["speed"] for row in rows}
+
+
+def test_report_two_nets_compares_each_with_its_own_baseline(write: Write) -> None:
+    first, second = _second_call(224, "b" * 64)
+    gathered = results.gather([write("bench", first, "one"), write("bench", second, "two")])
+    speeds = _speeds(gathered)
+    assert speeds["net-fp32.onnx"] == speeds["other-fp32.onnx"] == 1
+    assert speeds["other-int8.onnx"] == pytest.approx(4 / 1.5)
+    lines = [line for line in summary(gathered) if line.startswith("other")]
+    assert not any("net-fp32.onnx" in line for line in lines)
+    assert "times as fast" not in lines[0]
+    assert "2.67 times as fast as other-fp32.onnx" in lines[2]
+    about = tables(gathered)["artifacts"].about
+    assert "net-fp32.onnx, other-fp32.onnx" in about
+
+
+def test_report_one_net_in_two_calls_compares_medians_not_the_calls_speeds(write: Write) -> None:
+    first, second = _second_call(32, "a" * 64)
+    gathered = results.gather([write("bench", first, "one"), write("bench", second, "two")])
+    speeds, medians = _speeds(gathered), {
+        artifact.name: entry["latency"]["median"] for artifact, entry in gathered.streams(1)
+    }  # fmt: skip
+    assert speeds["net-int8.onnx"] == pytest.approx(4 / 1.5)
+    for name in ("other-fp32.onnx", "other-int8.onnx"):
+        assert speeds[name] == pytest.approx(medians["net-fp32.onnx"] / medians[name])
+        assert speeds[name] < 1
+
+
+def test_report_a_call_that_starts_with_another_artifact_compares_medians(write: Write) -> None:
+    call = bench()
+    call["results"].sort(key=lambda entry: (entry["batch"], "fp32" in entry["measured"]))
+    gathered = results.gather([write("bench", call)])
+    medians = {a.name: entry["latency"]["median"] for a, entry in gathered.streams(1)}
+    for name, speed in _speeds(gathered).items():
+        assert speed == pytest.approx(medians["net-fp32.onnx"] / medians[name])
 
 
 def test_what_is_not_a_result_is_said(write: Write, tmp_path: Path) -> None:
