@@ -35,9 +35,9 @@ def command(paths: tuple[Path, ...], fix: Path | None) -> None:
         artifacts.require_onnx(path, "lint")
     results = []
     for path in paths:
-        if len(paths) > 1:
-            common.say(f"{path}:")
         results.append(lint(path, fix=fix, reporter=common.REPORTER))
+        if len(paths) > 1 and results[-1].findings:  # without any, the only line names the file
+            common.say(f"{path}:")
         common.show(checks.lint_lines(results[-1]))
     common.write_json("lint", results[0] if len(paths) == 1 else {"files": results})
     if len(results) == 1:

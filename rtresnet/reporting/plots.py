@@ -94,6 +94,11 @@ def plain(name: str) -> str:
     return name.replace("$", r"\$")
 
 
+def _from_zero(axes: Any) -> tuple[float, float]:
+    """Return limits of y from zero to above every curve, so that no marker is clipped."""
+    return 0, 1.08 * max(float(max(line.get_ydata())) for line in axes.lines) or 1
+
+
 def training_figure(log: Sequence[Mapping[str, Any]]) -> Figure:
     """Draw training and held-out error, and the learning rate, against epochs (as figure 6)."""
     drawing, axes = figure()
@@ -104,7 +109,7 @@ def training_figure(log: Sequence[Mapping[str, Any]]) -> Figure:
         errors = [100 - entry[name] for entry in log]
         dots = {"marker": "o", "markersize": 3.5} if len(log) <= 40 else {}
         axes.plot(epochs, errors, style, color=COLOURS[0], label=label, **dots)
-    axes.set(xlabel="epoch", ylabel="error, %", ylim=(0, None))
+    axes.set(xlabel="epoch", ylabel="error, %", ylim=_from_zero(axes))
     axes.xaxis.get_major_locator().set_params(integer=True)
     if all(entry.get("lr") for entry in log) and len(log) > 1:
         rate, rates = axes.twinx(), [entry["lr"] for entry in log]
@@ -113,7 +118,7 @@ def training_figure(log: Sequence[Mapping[str, Any]]) -> Figure:
         if len(set(rates)) < len(rates) / 2:  # one that falls tenfold in steps
             rate.set_yscale("log")
         else:
-            rate.set_ylim(0, None)
+            rate.set_ylim(_from_zero(rate))
         rate.spines[["top"]].set_visible(False)
         rate.tick_params(colors=GREY, which="both")
     axes.legend(frameon=False)
@@ -130,7 +135,7 @@ def progress_figure(log: Sequence[Mapping[str, Any]]) -> Figure:
         (speed, "images_per_second", "images/s", COLOURS[2]),
     ):
         axes.plot(epochs, [entry[name] for entry in log], color=colour, gid=name, **dots)
-        axes.set(xlabel="epoch", ylabel=label, ylim=(0, None))
+        axes.set(xlabel="epoch", ylabel=label, ylim=_from_zero(axes))
         axes.xaxis.get_major_locator().set_params(integer=True)
     return drawing
 
@@ -239,7 +244,8 @@ def tradeoff(results: Results, batch: int) -> str | None:
     values = [p[1] for p in points]
     room = max(0.5, 0.6 * (max(values) - min(values)))
     axes.set_ylim(max(0, min(values) - room), min(100.0, max(values)) + room / 2)
-    axes.legend(frameon=False, fontsize=9, loc="lower left")
+    # Outside the axes: the legend's markers look like data inside them.
+    drawing.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=2)
     return svg(drawing, f"{measure} against median latency, one point per artifact")
 
 

@@ -42,6 +42,16 @@ def test_our_int8_file_passes_and_a_float_file_says_that_it_is_one(
     assert "a float model" in capsys.readouterr().out
 
 
+def test_lint_several_files_names_each_file_without_problems_once(
+    engines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = engines / "resnet8-int8.onnx"
+    bad = shifted(good, tmp_path / "theirs.onnx", 0)
+    assert main(["lint", str(good), str(bad)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == [f"{good}: no problems", f"{bad}:"]
+
+
 def test_a_flaw_is_told_in_80_columns_with_its_nodes_and_exit_code_1(
     engines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

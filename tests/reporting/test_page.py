@@ -53,6 +53,17 @@ def sample_page(words: str = "plain") -> str:
     )  # fmt: skip
 
 
+def test_training_figures_leave_room_above_every_curve() -> None:
+    pytest.importorskip("matplotlib")
+    from rtresnet.reporting import plots
+
+    log = [{**entry, "lr": 0.1 / entry["epoch"]} for entry in LOG[:2]]
+    for drawing in (plots.training_figure(log), plots.progress_figure(log)):
+        for axes in drawing.axes:
+            highest = max(max(line.get_ydata()) for line in axes.lines)
+            assert axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > 1.05 * highest
+
+
 def test_the_page_is_self_contained_and_escaped() -> None:
     text = sample_page()
     Balanced().feed(text)

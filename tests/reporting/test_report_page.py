@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from rtresnet.cli.main import main
-from rtresnet.reporting import pages, report, report_tables, results
+from rtresnet.reporting import pages, plots, report, report_tables, results
 from rtresnet.reporting.tables import DataTable
 from tests.reporting.conftest import measured_in, searched
 
@@ -85,6 +85,20 @@ def test_html_dollar_signs_in_names_are_no_formula(measured: list[Path], tmp_pat
         path.write_text(path.read_text().replace("net-", r"$\\bad$-"))
     page = report.html(results.gather(measured))
     assert page.count(r"$\bad$-fp32.onnx (n=200)") == 1  # a label of a figure
+
+
+def test_tradeoff_has_its_legend_outside_the_axes(
+    measured: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+    svg = plots.svg
+    monkeypatch.setattr(
+        plots, "svg", lambda figure, label: drawn.append(figure) or svg(figure, label)
+    )
+    plots.tradeoff(results.gather(measured), 1)
+    ((axes,), (legend,)) = drawn[0].axes, drawn[0].legends
+    assert axes.get_legend() is None
+    assert not legend.get_window_extent().overlaps(axes.get_window_extent())
 
 
 def test_the_same_files_give_the_same_page(measured: list[Path]) -> None:
