@@ -119,9 +119,11 @@ def _report(path: Path) -> int:
 
 def _baseline(path: Path) -> None:
     from rtresnet.bench import verdict
-    from rtresnet.cli import bench
+    from rtresnet.cli.bench import BaselineOptions
 
-    for entry in bench._read_baseline(str(path), None, False).results:
+    baseline = BaselineOptions(baseline=str(path)).read()
+    assert baseline
+    for entry in baseline.results:
         verdict.judge(entry, entry, tolerance=0.03)
 
 
