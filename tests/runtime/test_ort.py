@@ -621,9 +621,13 @@ def test_infer_failing_is_not_repeated_on_another_provider(onnx_file: OnnxFile) 
     assert backend._session._enable_fallback is False
 
 
-def test_backend_missing_plugin_names_its_package(onnx_file: OnnxFile) -> None:
+def test_backend_missing_plugin_names_its_package(
+    onnx_file: OnnxFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if hardware.installed("onnxruntime_ep_nv_tensorrt_rtx"):
         pytest.skip("it is here")
+    gpu = Gpu(name="NVIDIA X", capability=(8, 9), memory=1 << 30)
+    monkeypatch.setattr(hardware, "gpus", lambda: (gpu,))
     with pytest.raises(UnavailableError, match="pip install onnxruntime-ep-nv-tensorrt-rtx"):
         OrtBackend(onnx_file("resnet8", "fp32"), provider="tensorrt-rtx")
 
