@@ -78,10 +78,13 @@ def first_words(text: str) -> set[str]:
     """Return the first word of each line, which does not depend on its figures.
 
     Rules of tables are left out, because their length depends on the figures, lines that begin with
-    the name of a processor, and values of fields: whether training uses bf16 depends on it.
+    the name of a processor. Whether training uses bf16 depends on the processor too.
     """
     lines = (line for line in text.splitlines() if not PROCESSOR.match(line))
-    words = {line.split()[0].partition("=")[0].strip(":") for line in lines if line.strip()}
+    words = {line.split()[0].strip(":") for line in lines if line.strip()}
+    words = {
+        "precision" if word in ("precision=bf16", "precision=fp32") else word for word in words
+    }
     return {word for word in words if word.strip("─")}
 
 

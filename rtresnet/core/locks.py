@@ -84,7 +84,7 @@ def hold_file(path: str | os.PathLike[str], *, warn: Warn, wait: float = 0.0) ->
     with contextlib.ExitStack() as stack:
         while True:
             try:
-                stack.enter_context(_hold_beside_folder(file, path, warn))
+                stack.enter_context(_hold_file_lock(file, path, warn))
                 break
             except LockedError:
                 if time.monotonic() >= deadline:
@@ -94,7 +94,7 @@ def hold_file(path: str | os.PathLike[str], *, warn: Warn, wait: float = 0.0) ->
 
 
 @contextlib.contextmanager
-def _hold_beside_folder(file: Path, place: Path, warn: Warn) -> Iterator[None]:
+def _hold_file_lock(file: Path, place: Path, warn: Warn) -> Iterator[None]:
     with _hold(file.with_name(f".{file.name}.lock"), place, warn):
         # Both take their own lock before they check the other's, so at most one continues.
         _refuse_if_held(file.with_name(FOLDER_LOCK), place.parent)

@@ -22,7 +22,8 @@ from rtresnet.core.sidecar import AveragePrecisionRecord
 if TYPE_CHECKING:
     from rtresnet.detection.data import Targets
 
-THRESHOLDS = np.linspace(0.5, 0.95, 10)
+MATCH = 0.5  # overlap from which VOC matches a detection with an object
+THRESHOLDS = np.linspace(MATCH, 0.95, 10)
 RECALLS = np.linspace(0, 1, 101)
 AREAS = {"all": (0, 1e10), "small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e10)}
 MOST = 100  # detections of an image
@@ -197,7 +198,7 @@ def errors(
     free = np.ones(len(targets.labels), bool)
     wrong = []
     for row in np.flatnonzero(detections.scores >= least):
-        same = (targets.labels == detections.labels[row]) & (shared[row] >= 0.5)
+        same = (targets.labels == detections.labels[row]) & (shared[row] >= MATCH)
         usable = np.flatnonzero(same & (free | targets.ignored))
         if len(usable):
             free[usable[int(shared[row][usable].argmax())]] = False
@@ -232,7 +233,7 @@ def voc_curve(
         verdict = np.zeros(len(chosen), int)
         for d in range(len(chosen) if own.any() else 0):
             best = int(shared[d].argmax())
-            if shared[d, best] >= 0.5:
+            if shared[d, best] >= MATCH:
                 verdict[d] = -1 if ignored[best] else not matched[best]
                 matched[best] = True
         scores.append(detected.scores[chosen])

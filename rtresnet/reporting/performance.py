@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from rtresnet.workflows.estimate import EstimateResult, GpuEstimate, StageEstimate
     from rtresnet.workflows.profile import ProfileResult
 
+FROM_MEMORY = (
+    "Rates of GPUs were entered from memory of NVIDIA's documents, not compared with them."
+)
+
 
 def estimate_lines(result: EstimateResult) -> Iterator[str | DataTable]:
     """Return bounds by GPU, or by stage for a single GPU."""
@@ -50,12 +54,13 @@ def estimate_lines(result: EstimateResult) -> Iterator[str | DataTable]:
             headings=("GPU", "minimum ms (L2)", "maximum img/s", "minimum ms (memory)"),
             rows=[
                 (
-                    gpu.gpu if gpu.verified else f"{gpu.gpu} (unverified)", gpu.no_faster_than_ms,
+                    gpu.gpu, gpu.no_faster_than_ms,
                     f"{gpu.no_more_images_per_second:,.0f}", gpu.through_memory_ms,
                 )
                 for gpu in result.results
             ],
         )  # fmt: skip
+        yield FROM_MEMORY
     yield (
         f"{result.kernels} {fused}, run in sequence: {result.multiply_adds / 1e9:.2f} G "
         "multiply-adds per image at the peak rate of dense products, and "
@@ -83,33 +88,33 @@ def _measured(gpu: GpuEstimate) -> Iterator[str]:
 
 def advice_lines(result: AdviceResult) -> Iterator[str | DataTable]:
     """Return a comparison of plans, and expected results."""
-    gpus = list(dict.fromkeys(gpu.gpu for e in result.plans for gpu in e.estimate.results))
     precisions = [entry.estimate.precision for entry in result.plans]
     longest = max(gpu.through_memory_ms for e in result.plans for gpu in e.estimate.results)
     unit, scale = ("ms", 1.0) if longest >= 0.1 else ("us", 1e3)
     rows: list[Row] = []
-    lines = []
-    for entry in result.plans:
-        estimate, by_gpu = entry.estimate, {gpu.gpu: gpu for gpu in entry.estimate.results}
-        name = Path(estimate.model).name
-        bounds = [_bounds(by_gpu[gpu], scale) if gpu in by_gpu else None for gpu in gpus]
-        rows.append(
-            (
-                estimate.precision if precisions.count(estimate.precision) == 1 else name,
-                _accuracy(entry.accuracy), estimate.bytes / 1e6, estimate.kernels, *bounds,
-            )
-        )  # fmt: skip
-        lines += [f"{name}: {line}" for gpu in estimate.results for line in _measured(gpu)]
+    labels, lines = [], []
+    bounds: dict[str, dict[int, str]] = {}  # by GPU and position of the plan
+    for position, entry in enumerate(result.plans):
+        estimate, name = entry.estimate, Path(entry.estimate.model).name
+        label = estimate.precision if precisions.count(estimate.precision) == 1 else name
+        labels.append(label)
+        rows.append((label, _accuracy(entry.accuracy), estimate.bytes / 1e6, estimate.kernels))
+        for gpu in estimate.results:
+            bounds.setdefault(gpu.gpu, {})[position] = _bounds(gpu, scale)
+            lines += [f"{name}: {line}" for line in _measured(gpu)]
+    yield DataTable(headings=("precision", "accuracy", "MB moved", "kernels"), rows=rows)
+    if any(entry.accuracy.snr_db is not None for entry in result.plans):
+        yield "dB: signal-to-noise ratio of the logits against FP32, measured by calibration."
     yield (
         f"Lower bounds at batch {result.batch} in {unit}, from published peak rates; not "
         "measurements. The first figure applies if all tensors that fit the L2 cache stay there, "
-        "the second if every kernel's output goes through memory."
+        f"the second if every kernel's output goes through memory. {FROM_MEMORY}"
     )
-    headings = ("precision", "accuracy", "MB moved", "kernels", *gpus)
-    yield DataTable(headings=headings, rows=rows)
+    yield DataTable(
+        headings=("GPU", *labels),
+        rows=[(gpu, *map(of_plan.get, range(len(labels)))) for gpu, of_plan in bounds.items()],
+    )
     yield from lines
-    if any(entry.accuracy.snr_db is not None for entry in result.plans):
-        yield "dB: signal-to-noise ratio of the logits against FP32, measured by calibration."
     yield from result.advice
 
 

@@ -77,8 +77,8 @@ def number(value: float) -> str:
 
 
 def numeric(cells: Iterable[object]) -> bool:
-    """Return whether a column holds numbers only (dashes, deviations)."""
-    return all(re.fullmatch(r"[-+\d.,e]+( ± [\d.]+)?", text(cell)) for cell in cells)
+    """Return whether a column holds numbers only (dashes, deviations, ranges)."""
+    return all(re.fullmatch(r"[-+\d.,e]+( ± [\d.]+|\u2013[\d.,e]+)?", text(cell)) for cell in cells)
 
 
 def show(console: Console, data: DataTable) -> None:

@@ -24,7 +24,7 @@ from rtresnet.core.serialization import flattened, to_builtins
 from rtresnet.runtime.session import RuntimeInfo
 from rtresnet.workflows import workload as workloads
 from rtresnet.workflows.loading import RuntimeConfig, load_artifact
-from rtresnet.workflows.stand_in import stand_ins
+from rtresnet.workflows.plan_fallback import with_fallbacks
 from rtresnet.workflows.workload import BATCHES, MeasurementConfig, Scenario, Workload
 
 if TYPE_CHECKING:
@@ -406,7 +406,7 @@ def opened(
 
     runtime = runtime or RuntimeConfig()
     names = [os.fspath(path) for path in paths]
-    names, chosen = stand_ins(names, runtime.device, reporter)
+    names, chosen = with_fallbacks(names, runtime.device, reporter)
     targets = [target for target, _ in chosen]
     with contextlib.ExitStack() as stack:
         stack.enter_context(short_switch_interval())

@@ -99,8 +99,7 @@ class GpuEstimate:
         rates: Peak operations per second by data type.
         bandwidth: Bytes per second.
         l2: Size of the L2 cache in bytes.
-        source: The document with the GPU's rates, and whether they were verified.
-        verified: Whether the rates follow from the GPU's multiprocessors, clock and memory.
+        source: The document with the GPU's rates, and how they were entered.
         stages: The stages of the net.
         measured: Measurements, which no bound exceeds.
     """
@@ -115,7 +114,6 @@ class GpuEstimate:
     bandwidth: float
     l2: float
     source: str
-    verified: bool = False
     stages: tuple[StageEstimate, ...]
     measured: tuple[MeasuredLatency, ...] = ()
 
@@ -422,7 +420,6 @@ def _on_gpu(gpu: GpuSpec, bounds: Sequence[MinimumTime], batch: int) -> GpuEstim
         bandwidth=gpu.rates.bandwidth,
         l2=gpu.l2 * 2**20,
         source=gpu.described,
-        verified=gpu.verified,
         stages=tuple(_sum(name, members, batch) for name, members in stages.items()),
     )
 

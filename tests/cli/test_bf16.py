@@ -54,7 +54,7 @@ def test_estimate_has_its_rate_and_refuses_gpus_without_it(
     (gpu,) = json.loads(Path("a.json").read_text())["result"]["results"]
     assert gpu["rates"]["bf16"] == pytest.approx(165.2e12) and "whitepaper" in gpu["source"]
     assert main(["estimate", file, "--gpu", "RTX 3090"]) == 0
-    assert "unverified" in capsys.readouterr().out
+    assert "from memory" in capsys.readouterr().out
     assert main(["estimate", file, "--gpu", "T4"]) == 2
     assert "not support BF16" in capsys.readouterr().err
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -82,9 +83,13 @@ def test_export_of_several_precisions_ends_with_their_comparison(
     monkeypatch.chdir(tmp_path)
     arguments = ["--fp16", "--int8", "--calib", tints, "--target", "L4", "--json", "e.json"]
     assert main(["export", "--weights", str(trained / "best.pt"), *arguments]) == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    assert " dB " in shown and "measured by calibration" in shown
-    assert "kernels L4 " in shown and "4090" not in shown and "INT8 moves" in shown
+    printed = capsys.readouterr().out
+    shown = " ".join(printed.split())
+    assert " dB " in shown and "measured by calibration" in shown and "from memory" in shown
+    assert "4090" not in shown and "INT8 moves" in shown
+    # A row for each GPU, whose ranges are not broken over lines.
+    bounds = r"[\d.]+\u2013[\d.]+"
+    assert re.search(rf"^ GPU +fp16 +int8 *$[^L]*^ L4 +{bounds} +{bounds} *$", printed, re.M)
     advice = json.loads(Path("e.json").read_text())["result"]["advice"]
     assert [entry["precision"] for entry in advice["plans"]] == ["fp16", "int8"]
     assert [gpu["gpu"] for gpu in advice["plans"][0]["results"]] == ["L4"]

@@ -10,7 +10,7 @@ from rtresnet.core.errors import InputError, UnavailableError
 from rtresnet.core.reporter import Reporter
 
 
-def stand_ins(
+def with_fallbacks(
     names: Sequence[str], device: str, reporter: Reporter
 ) -> tuple[list[str], list[tuple[str, str | None]]]:
     """Choose the file to measure for each name; drop a plan's ONNX file that is in the list.
@@ -18,12 +18,12 @@ def stand_ins(
     A file that is named twice itself is measured twice, as a check of the measurement.
 
     Returns:
-        The remaining names, and the result of `stand_in_for` for each.
+        The remaining names, and the result of `fallback_for` for each.
     """
     kept: dict[Path, bool] = {}  # file to whether it replaces a plan
     remaining, chosen = [], []
     for name in names:
-        target, note = stand_in_for(name, device)
+        target, note = fallback_for(name, device)
         place = Path(target).resolve()
         if place in kept and (note or kept[place]):
             reporter.note(
@@ -39,7 +39,7 @@ def stand_ins(
     return remaining, chosen
 
 
-def stand_in_for(path: str, device: str) -> tuple[str, str | None]:
+def fallback_for(path: str, device: str) -> tuple[str, str | None]:
     """Choose the file to measure for `path`: without a GPU, the ONNX file of a plan.
 
     Args:
