@@ -345,10 +345,10 @@ def image_files(images: Paths) -> list[str]:
             if not inside:
                 raise DataError(f"{path}: no images in this folder ({', '.join(IMAGE_SUFFIXES)})")
             names += inside
-        elif path.is_file():
-            names.append(os.fspath(path))
         else:
-            raise InputError(f"{path}: no such file")
+            if not path.is_file():  # a file that cannot be read or is empty gets a result
+                atomic_io.require_file(path, fix="check the path")
+            names.append(os.fspath(path))
     return names
 
 

@@ -290,6 +290,7 @@ def test_predict_full_disk_exits_2_and_resumes(
         ("there.csv", [], ["there.csv", "is a folder"]),
         ("x.csv", ["--top", "11"], ["--top 11", "10 classes", "--top 10"]),
         ("x.csv", ["nothing.jpg"], ["nothing.jpg", "no such file"]),
+        ("x.csv", ["-"], ["standard input is not supported"]),
         ("x.csv", ["--actors", "2"], ["--actors needs --ray"]),
     ],
 )
