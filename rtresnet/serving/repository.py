@@ -153,15 +153,22 @@ class Repository:
         self._last_stamps[path] = now
         if now in (model.stamp, self._rejected_stamps.get(path)) or not settled:
             return
+        # A replacement that has begun is completed even if the watch is cancelled, and the end of
+        # the event loop waits for its thread, so that `close` finds every version.
+        replacing = asyncio.get_running_loop().run_in_executor(None, self._replace, model, now)
+        await asyncio.shield(replacing)
+
+    def _replace(self, model: ServedModel, now: list[Any]) -> None:
+        path = model.session.path
         try:
-            new = await asyncio.to_thread(self._open, model.name, model.version, path)
+            new = self._open(model.name, model.version, path)
         except Exception as error:  # the old version keeps serving after any error
             self._rejected_stamps[path] = now
             log.error("not reloaded: %s", error)
             return
         self._models[model.name][model.version] = new
         log.info("reloaded %s version %s", model.name, model.version)
-        await asyncio.to_thread(model.close)
+        model.close()
 
     def close(self) -> None:
         """Finish queued requests and free the memory of every model, also if one fails to close."""

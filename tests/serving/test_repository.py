@@ -74,20 +74,52 @@ def test_served_model_without_a_batcher_is_closed(
     assert opened.open == 0
 
 
+def put(source: Path, path: Path) -> None:
+    """Replace a model and its sidecar."""
+    for suffix in ("", ".json"):
+        shutil.copy(f"{source}{suffix}", f"{path}{suffix}.new")
+    for suffix in ("", ".json"):
+        Path(f"{path}{suffix}.new").replace(f"{path}{suffix}")
+
+
+def test_watch_cancelled_during_a_reload_leaves_no_version_open(
+    models: Path, tmp_path: Path, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "POLL_SECONDS", 0.01)
+    path, loading, go_on = tmp_path / "net.onnx", threading.Event(), threading.Event()
+    put(models / "resnet8.onnx", path)
+
+    def load(file: Path) -> Session:
+        loading.set()
+        assert go_on.wait(30)
+        return opened.load(file)
+
+    go_on.set()
+    repository = Repository([path], load, CONFIG)
+    repository.load_all()
+    loading.clear()
+    go_on.clear()
+
+    async def run() -> None:
+        watching = asyncio.create_task(repository.watch())
+        put(models / "resnet8-int8.onnx", path)
+        assert await asyncio.to_thread(loading.wait, 30)
+        watching.cancel()
+        await asyncio.wait([watching])
+        go_on.set()
+
+    asyncio.run(run())
+    repository.close()
+    assert opened.open == 0
+
+
 def test_watch_keeps_watching_after_a_model_failed_to_close(
     models: Path, tmp_path: Path, opened: Opened, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(module, "POLL_SECONDS", 0.01)
     path = tmp_path / "net.onnx"
-
-    def put(name: str) -> None:
-        for suffix in ("", ".json"):
-            shutil.copy(f"{models / name}{suffix}", f"{path}{suffix}.new")
-        for suffix in ("", ".json"):
-            Path(f"{path}{suffix}.new").replace(f"{path}{suffix}")
-
-    put("resnet8.onnx")
+    put(models / "resnet8.onnx", path)
     repository = Repository([path], opened.load, CONFIG)
     repository.load_all()
     first = repository.get("net")
@@ -99,7 +131,7 @@ def test_watch_keeps_watching_after_a_model_failed_to_close(
 
     async def replaced(name: str) -> None:
         before = repository.get("net")
-        put(name)
+        put(models / name, path)
         while repository.get("net") is before:
             await asyncio.sleep(0.01)
 
